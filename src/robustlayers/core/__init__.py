@@ -1,0 +1,1 @@
+"""What every layer rests on: errors, durable files, identity, random streams, quantities, devices."""

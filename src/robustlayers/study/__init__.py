@@ -1,0 +1,1 @@
+"""Studies: recipe x factors x seeds, their store, execution, and claims."""
