@@ -1,1 +1,39 @@
-"""Being written."""
+"""Training: objectives, the partial step, phases that can be stopped and resumed, and the ledger of what moved."""
+
+from robustlayers.training.ledger import GroupChange, compare, snapshot
+from robustlayers.training.objectives import FROZEN, OBJECTIVES, Objective, Signal, parse_signal, signal_text
+from robustlayers.training.optimizers import (
+    OPTIMIZERS,
+    OptimizerSettings,
+    build_optimizer,
+    load_optimizer,
+    optimizer_tensors,
+)
+from robustlayers.training.schedules import SCHEDULES, Schedule
+from robustlayers.training.step import Gradients, PartialStep, StepLog
+from robustlayers.training.trainer import Diverged, EpochLog, PhaseTrainer
+
+__all__ = [
+    "FROZEN",
+    "OBJECTIVES",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Diverged",
+    "EpochLog",
+    "Gradients",
+    "GroupChange",
+    "Objective",
+    "OptimizerSettings",
+    "PartialStep",
+    "PhaseTrainer",
+    "Schedule",
+    "Signal",
+    "StepLog",
+    "build_optimizer",
+    "compare",
+    "load_optimizer",
+    "optimizer_tensors",
+    "parse_signal",
+    "signal_text",
+    "snapshot",
+]

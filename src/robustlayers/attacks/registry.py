@@ -1,0 +1,110 @@
+"""Attacks by name: `pgd-20`, `pgd-50x5`, `apgd-ce`, or a mapping with every option, and the short name of an attack."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from robustlayers.attacks._ascent import Attack
+from robustlayers.attacks.apgd import APGD
+from robustlayers.attacks.fgsm import FGSM
+from robustlayers.attacks.losses import LOSSES
+from robustlayers.attacks.noise import Noise
+from robustlayers.attacks.pgd import PGD
+from robustlayers.attacks.threat import Threat
+from robustlayers.core.errors import UserError, one_of
+
+__all__ = ["ATTACKS", "Attack", "label", "parse"]
+
+ATTACKS: dict[str, type[Any]] = {"apgd": APGD, "fgsm": FGSM, "noise": Noise, "pgd": PGD}
+
+# Which options the parts of a short name stand for, and their defaults where the name leaves them out.
+_COUNT = {"apgd": "steps", "noise": "draws", "pgd": "steps"}
+_NAME = re.compile(r"(?P<name>[a-z_]+)(?:-(?P<loss>[a-z]+))?(?:-(?P<count>[0-9]+)(?:x(?P<restarts>[0-9]+))?)?")
+_EXAMPLES = "pgd-20, pgd-50x5, pgd-margin-20, apgd-ce, apgd-dlr-50, fgsm, noise"
+
+
+def parse(what: str | Mapping[str, Any], threat: Threat) -> Attack:
+    """Return the attack that a text or a mapping describes, within `threat`.
+
+    A text is `name[-loss][-steps[xrestarts]]`; what it leaves out has the default of the attack's class. A mapping
+    has a `name` of that form and further options of the class. Raises `UserError` for an unknown name, loss or
+    option, with the nearest valid ones, and for an option that is given twice.
+
+    >>> parse("pgd-50x5", Threat("linf", "8/255")).describe()
+    'pgd-50, linf 8/255, step 0.4/255, 5 restarts, best iterate'
+    >>> parse({"name": "pgd", "steps": 10, "step_size": "2/255"}, Threat("linf", "8/255")).describe()
+    'pgd-10, linf 8/255, step 2/255, 1 restart, best iterate'
+    """
+    if isinstance(what, str):
+        options: dict[str, Any] = {}
+        text = what
+    elif isinstance(what, Mapping) and isinstance(what.get("name"), str):
+        options = {str(key): value for key, value in what.items() if key != "name"}
+        text = what["name"]
+    else:
+        raise UserError(f"an attack is a text such as {_EXAMPLES}, or a mapping with a name; got {what!r}")
+    name, short = _short(text)
+    kind = ATTACKS[name]
+    allowed = [field.name for field in fields(kind) if field.name != "threat"]
+    for key in options:
+        if key not in allowed:
+            raise UserError(one_of(f"option of {name}", key, allowed))
+        if key in short:
+            raise UserError(f"{key}: given twice, in the name {text!r} and as an option")
+    return kind(threat=threat, **short, **options)
+
+
+def label(attack: Any) -> str:
+    """Return the short name of an attack, the text from which `parse` makes it up to its other options.
+
+    The short name of a foreign attack is its `name`, else the name of its class in lower case.
+
+    >>> label(PGD(Threat("linf", "8/255"), steps=50, restarts=5)), label(APGD(Threat("linf", "8/255"), loss="dlr"))
+    ('pgd-50x5', 'apgd-dlr')
+    """
+    names = [name for name, kind in ATTACKS.items() if type(attack) is kind]
+    if not names:
+        own = getattr(attack, "name", None)
+        return own if isinstance(own, str) and own else type(attack).__name__.lower()
+    name = names[0]
+    text = name
+    loss = getattr(attack, "loss", None)
+    if loss is not None and (name == "apgd" or loss != "ce"):
+        text += f"-{loss}"
+    if name in _COUNT:
+        number, restarts = getattr(attack, _COUNT[name]), getattr(attack, "restarts", 1)
+        if restarts > 1:
+            text += f"-{number}x{restarts}"
+        elif name == "pgd" or number != _default(type(attack), _COUNT[name]):
+            text += f"-{number}"
+    return text
+
+
+def _short(text: str) -> tuple[str, dict[str, Any]]:
+    """Take a short name apart: the attack's name and the options that the text gives."""
+    match = _NAME.fullmatch(text.strip())
+    name = match["name"] if match else text.strip().partition("-")[0]
+    if name not in ATTACKS:
+        raise UserError(one_of("attack", name, ATTACKS) + f"; examples: {_EXAMPLES}")
+    options: dict[str, Any] = {}
+    known = {field.name for field in fields(ATTACKS[name])}
+    if match is None or (match["count"] and name not in _COUNT) or (match["restarts"] and "restarts" not in known):
+        raise UserError(f"attack {text!r} is not understood; examples: {_EXAMPLES}")
+    if match["loss"]:
+        if "loss" not in known:
+            raise UserError(f"attack {text!r}: {name} has no loss; examples: {_EXAMPLES}")
+        if match["loss"] not in LOSSES:
+            raise UserError(one_of("loss of an attack", match["loss"], LOSSES))
+        options["loss"] = match["loss"]
+    if match["count"]:
+        options[_COUNT[name]] = int(match["count"])
+    if match["restarts"]:
+        options["restarts"] = int(match["restarts"])
+    return name, options
+
+
+def _default(kind: type[Any], option: str) -> Any:
+    return next(field.default for field in fields(kind) if field.name == option and field.default is not MISSING)

@@ -1,0 +1,23 @@
+"""Architectures: networks for small images with their input normalization inside and a layout of their parts."""
+
+from robustlayers.models.architecture import Architecture
+from robustlayers.models.layout import Layout, Network
+from robustlayers.models.norms import NormKind, norm_names, register_norm
+from robustlayers.models.parts import Normalize
+from robustlayers.models.registry import build, check, names, resolve
+from robustlayers.models.weights import load_weights
+
+__all__ = [
+    "Architecture",
+    "Layout",
+    "Network",
+    "NormKind",
+    "Normalize",
+    "build",
+    "check",
+    "load_weights",
+    "names",
+    "norm_names",
+    "register_norm",
+    "resolve",
+]

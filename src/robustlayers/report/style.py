@@ -1,0 +1,168 @@
+"""How a report looks: colors, markers and figure settings, in one place for the page and its figures.
+
+Figures are drawn in the light colors below. On the page every one of these colors is replaced by a CSS variable, so a
+figure follows the reader's light or dark scheme; the file beside the page keeps the light colors and stands alone.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+from matplotlib.transforms import Affine2D
+
+from robustlayers.report.wording import slugs
+
+__all__ = [
+    "CLEAN",
+    "FONT_SIZE",
+    "INK",
+    "MUTED",
+    "PAPER",
+    "RULE",
+    "SERIES",
+    "VARIABLES",
+    "color",
+    "drawing",
+    "figure",
+    "file_part",
+    "marker",
+    "marker_path",
+    "plain",
+    "ticks",
+]
+
+INK = "#1b2026"
+MUTED = "#5d6772"
+RULE = "#d8dde3"
+PAPER = "#ffffff"
+CLEAN = "#66707b"  # lines of clean accuracy, whatever the arm
+
+# Okabe and Ito's palette, told apart under every common color blindness; its black is our ink, and its yellow, which
+# disappears on white paper, stands last and darkened.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1c2127", "#b3a600")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", ">", "p", "<")  # prime to the colors: pairs repeat after 88 arms
+
+# color in the figure -> (CSS variable, light, dark)
+VARIABLES: dict[str, tuple[str, str, str]] = {
+    INK: ("--ink", "#1b2026", "#e7eaed"),
+    MUTED: ("--muted", "#5d6772", "#9da7b1"),
+    RULE: ("--rule", "#d8dde3", "#333a42"),
+    PAPER: ("--paper", "#ffffff", "#14181c"),
+    CLEAN: ("--clean", "#66707b", "#aab3bc"),
+    SERIES[0]: ("--series-1", "#0072b2", "#3f9fdc"),
+    SERIES[1]: ("--series-2", "#d55e00", "#ee7f2c"),
+    SERIES[2]: ("--series-3", "#009e73", "#1fb78d"),
+    SERIES[3]: ("--series-4", "#cc79a7", "#d78fb8"),
+    SERIES[4]: ("--series-5", "#e69f00", "#f0b02a"),
+    SERIES[5]: ("--series-6", "#56b4e9", "#7cc6f0"),
+    SERIES[6]: ("--series-7", "#1c2127", "#f4f6f8"),
+    SERIES[7]: ("--series-8", "#b3a600", "#f0e442"),
+}
+
+FONT_SIZE = 12.0  # one unit of a figure is one CSS pixel at its natural width
+
+
+def color(position: int) -> str:
+    """Return the color of the arm at `position`."""
+    return SERIES[position % len(SERIES)]
+
+
+def marker(position: int) -> str:
+    """Return the marker of the arm at `position`; no two arms share color and marker before the 89th.
+
+    >>> len({(color(position), marker(position)) for position in range(88)})
+    88
+    """
+    return MARKERS[position % len(MARKERS)]
+
+
+def plain(text: str, most: int = 60) -> str:
+    """Return a name of the user on one line, cut where it is too long for a figure.
+
+    >>> plain("two\\n lines"), plain("abcdef", 4)
+    ('two lines', 'abc…')
+    """
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def file_part(name: str) -> str:
+    """Return the part of a file name that stands for `name`; see `robustlayers.report.wording.slugs`."""
+    return slugs([name])[0]
+
+
+def ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """Return round numbers between `low` and `high`, `most` at the most.
+
+    >>> ticks(71.2, 93.4)
+    [75, 80, 85, 90]
+    """
+    for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 25, 50, 100):
+        first, last = math.ceil(low / step), math.floor(high / step)
+        if last - first + 1 <= most:
+            return [step * k if step < 1 else int(step * k) for k in range(first, last + 1)]
+    return []
+
+
+@lru_cache(maxsize=None)
+def marker_path(shape: str, size: float = 10.0) -> str:
+    """Return a marker as the `d` of an SVG path, centered in a square of `size` units, for legends in text and tables."""
+    style = MarkerStyle(shape)
+    scale = size * (0.42 if shape in "oshpPXD" else 0.46) * (0.8 if shape == "D" else 1.0)
+    outline = style.get_path().transformed(style.get_transform())
+    reach = abs(outline.vertices).max()
+    placed = outline.transformed(Affine2D().scale(scale / reach, -scale / reach).translate(size / 2, size / 2))
+    return "".join(
+        "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in polygon) + "Z" for polygon in placed.to_polygons(closed_only=True)
+    )
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw with the settings of the report, whatever the user's own matplotlib settings are; they come back afterwards."""
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # The reader's browser has the letters that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "svg.fonttype": "none",  # text stays text: it is found, copied, and set in the reader's own font
+                "svg.hashsalt": "robustlayers",  # equal figures give equal bytes
+                "font.size": FONT_SIZE,
+                "axes.edgecolor": MUTED,
+                "axes.linewidth": 0.8,
+                "axes.labelcolor": MUTED,
+                "axes.labelsize": FONT_SIZE,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.grid": True,
+                "axes.axisbelow": True,
+                "grid.color": RULE,
+                "grid.linewidth": 0.8,
+                "text.color": INK,
+                "xtick.color": MUTED,
+                "ytick.color": MUTED,
+                "xtick.labelsize": FONT_SIZE - 1,
+                "ytick.labelsize": FONT_SIZE - 1,
+                "xtick.major.size": 0,
+                "ytick.major.size": 0,
+                "xtick.major.pad": 6,
+                "ytick.major.pad": 6,
+                "path.simplify": False,
+            }
+        )
+        yield
+
+
+def figure(width: float, height: float) -> Figure:
+    """Return an empty transparent figure of `width` x `height` CSS pixels."""
+    empty = Figure(figsize=(width / 72, height / 72), dpi=72)
+    empty.patch.set_visible(False)
+    return empty

@@ -1,0 +1,300 @@
+"""The tables of a report as plain data, so that the page and its Markdown twin print the very same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from robustlayers.report.answer import numbers
+from robustlayers.report.measured import accuracy, metrics, primary, status, values
+from robustlayers.report.statistics import Interval
+from robustlayers.report.wording import (
+    NONE,
+    compact,
+    count,
+    duration,
+    listing,
+    p_text,
+    percent,
+    plus_minus,
+    points,
+    share,
+)
+from robustlayers.study.summary import Arm, LedgerLine, PhaseLine, Summary
+
+__all__ = ["Cell", "Column", "Table", "claims", "groups", "ledger", "measuring", "results", "seeds"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, a small remark below it, and the number it is sorted by."""
+
+    text: str
+    note: str = ""
+    value: float | None = None
+    rows: int = 1  # how many rows it reaches over; the covered places below hold None
+    kind: str = ""  # "arm", "verdict", "code", "bad": how the page shows it
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its head, and whether it holds numbers."""
+
+    title: str
+    numeric: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of blocks of rows; rows of a block belong together and are sorted as one."""
+
+    name: str
+    caption: str
+    columns: Sequence[Column]
+    blocks: Sequence[Sequence[Sequence[Cell | None]]]
+    sortable: bool = False
+
+
+def _accuracy(found: Interval, planned: int) -> Cell:
+    note = "" if found.n in (planned, 0) else f"n = {found.n} of {planned}"
+    return Cell(plus_minus(found), note, found.mean)
+
+
+def results(summary: Summary) -> Table:
+    """Return arms × accuracies for every checkpoint, with what each arm trains and what it costs."""
+    names = metrics(summary)
+    shown = list(summary.checkpoints) or [primary(summary)]
+    blocks = []
+    for arm in summary.arms:
+        rows: list[list[Cell | None]] = []
+        for position, checkpoint in enumerate(shown):
+            measured: list[Cell | None] = [
+                _accuracy(accuracy(arm, checkpoint, metric), len(summary.seeds)) for metric in names
+            ]
+            head: list[Cell | None] = [None]
+            tail: list[Cell | None] = [None] * 3
+            if position == 0:
+                head = [Cell(arm.name, _states(summary, arm), rows=len(shown), kind="arm")]
+                tail = list(_cost(arm, len(shown)))
+            rows.append([*head, Cell(checkpoint), *measured, *tail])
+        blocks.append(rows)
+    columns = [
+        Column("Arm"),
+        Column("Checkpoint"),
+        *(Column(name if name not in ("clean", "robust") else name.capitalize(), True) for name in names),
+        Column("Trained", True),
+        Column("Passes", True),
+        Column("Time", True),
+    ]
+    caption = (
+        "Accuracy on test images, mean ± half width of the 95% t interval over seeds, in percent. "
+        "Robust is the worst case over all attacks, image by image. Trained: parameters trained in the last phase. "
+        "Passes: images sent forward / backward through the network in training, per seed. Time: mean training time per "
+        "seed. Shared phases are counted in every arm that uses them."
+    )
+    return Table("results", caption, columns, blocks, sortable=True)
+
+
+def _states(summary: Summary, arm: Arm) -> str:
+    """Return the seeds that are in no mean, in a few words; the reasons stand with the cautions."""
+    found: dict[str, list[int]] = {}
+    for seed in summary.seeds:
+        word = status(arm, seed)
+        if word != "finished":
+            found.setdefault(word, []).append(seed)
+    return "; ".join(f"seed {listing(gone)} {word}" for word, gone in found.items())
+
+
+def _cost(arm: Arm, rows: int) -> tuple[Cell, Cell, Cell]:
+    spent = [seconds for seed, seconds in sorted(arm.seconds.items()) if status(arm, seed) == "finished"]
+    mean = sum(spent) / len(spent) if spent else None
+    passes = f"{compact(arm.forward_passes)} / {compact(arm.backward_passes)}"
+    return (
+        Cell(count(arm.trained_parameters), share(arm.trained_share), arm.trained_parameters, rows),
+        Cell(passes, "", arm.forward_passes + arm.backward_passes, rows),
+        Cell(NONE if mean is None else duration(mean), "", mean, rows),
+    )
+
+
+def seeds(summary: Summary, arm: Arm) -> Table:
+    """Return one arm seed by seed: what became of it, and every accuracy at every checkpoint."""
+    names = metrics(summary)
+    known = sorted({*summary.seeds, *arm.status})
+    blocks = []
+    for seed in known:
+        word = status(arm, seed)
+        rows: list[list[Cell | None]] = []
+        shown = list(summary.checkpoints) or [primary(summary)]
+        for position, checkpoint in enumerate(shown):
+            head: list[Cell | None] = [None, None]
+            tail: list[Cell | None] = [None]
+            if position == 0:
+                kind = "" if word == "finished" else "bad"
+                head = [Cell(str(seed), rows=len(shown)), Cell(word, arm.reasons.get(seed, ""), None, len(shown), kind)]
+                spent = arm.seconds.get(seed)
+                tail = [Cell(NONE if spent is None else duration(spent), "", spent, len(shown))]
+            epoch = arm.best_epoch.get(seed) if checkpoint == "best" else None
+            if checkpoint == "last" and word == "finished":
+                epoch = sum(phase.epochs for phase in arm.phases)
+            measured: list[Cell | None] = []
+            for metric in names:
+                value = arm.results.get(checkpoint, {}).get(metric, {}).get(seed)
+                used = seed in values(arm, checkpoint, metric)
+                measured.append(Cell(percent(value, 2), "" if used or value is None else "in no mean", value))
+            rows.append([*head, Cell(checkpoint), Cell(NONE if epoch is None else str(epoch)), *measured, *tail])
+        blocks.append(rows)
+    columns = [
+        Column("Seed"),
+        Column("Status"),
+        Column("Checkpoint"),
+        Column("Epoch", True),
+        *(Column(name if name not in ("clean", "robust") else name.capitalize(), True) for name in names),
+        Column("Time", True),
+    ]
+    return Table("seeds", "Every seed: accuracy on test images in percent.", columns, blocks)
+
+
+def groups(phase: PhaseLine) -> Table:
+    """Return the groups of a phase: what each learns from and how much it holds."""
+    blocks = [
+        [
+            [
+                Cell(group.name, kind="code"),
+                Cell(group.signal),
+                Cell(group.start),
+                Cell(str(len(group.tensors)), "", len(group.tensors)),
+                Cell(count(group.parameters), share(group.share), group.parameters),
+                Cell(count(group.buffers), "", group.buffers),
+            ]
+        ]
+        for group in phase.groups
+    ]
+    columns = [
+        Column("Group"),
+        Column("Learns from"),
+        Column("Start"),
+        Column("Tensors", True),
+        Column("Parameters", True),
+        Column("Buffer entries", True),
+    ]
+    return Table("groups", "", columns, blocks)
+
+
+def _range(numbers: Sequence[float], form: str) -> str:
+    low, high = min(numbers), max(numbers)
+    return format(low, form) if format(low, form) == format(high, form) else f"{low:{form}} to {high:{form}}"
+
+
+def ledger(arm: Arm) -> Table:
+    """Return what moved, per phase and group over all seeds of the ledger: lowest to highest where seeds differ."""
+    found: dict[tuple[str, str, str], list[LedgerLine]] = {}
+    for line in arm.ledger:
+        found.setdefault((line.phase, line.group, line.signal), []).append(line)
+    blocks = []
+    for (phase, group, signal), lines in found.items():
+        faults = [line.seed for line in lines if not line.kept]
+        kept = f"kept in {len(lines) - len(faults)} of {len(lines)}"
+        blocks.append(
+            [
+                [
+                    Cell(phase),
+                    Cell(group, kind="code"),
+                    Cell(signal),
+                    Cell(kept, f"broken in seed {listing(faults)}" if faults else "", kind="bad" if faults else ""),
+                    Cell(
+                        _range([line.moved_parameters for line in lines], ",d"),
+                        f"of {count(lines[0].parameters)}",
+                        max(line.moved_parameters for line in lines),
+                    ),
+                    Cell(
+                        _range([line.moved_buffers for line in lines], ",d"),
+                        f"of {count(lines[0].buffers)}",
+                        max(line.moved_buffers for line in lines),
+                    ),
+                    Cell(_range([line.relative_l2 for line in lines], ".3g"), "", lines[0].relative_l2),
+                    Cell(_range([line.largest for line in lines], ".3g"), "", lines[0].largest),
+                ]
+            ]
+        )
+    columns = [
+        Column("Phase"),
+        Column("Group"),
+        Column("Signal"),
+        Column("Promise"),
+        Column("Parameters moved", True),
+        Column("Buffers moved", True),
+        Column("Relative L2", True),
+        Column("Largest change", True),
+    ]
+    caption = (
+        "Ledger: what moved in each group. The promise is that frozen tensors stay equal bit by bit and that trained ones "
+        "move. Relative L2 is |after − before| / |before| over the parameters of the group; ranges are over seeds."
+    )
+    return Table("ledger", caption, columns, blocks)
+
+
+def claims(summary: Summary) -> Table:
+    """Return every claim at every checkpoint: verdict, mean difference, interval, p, the difference of each seed."""
+    blocks = []
+    for claim in summary.claims:
+        bounds = NONE if claim.low is None or claim.high is None else f"{points(claim.low)} to {points(claim.high)}"
+        each = [
+            f"seed {seed}: {points(value)}" for seed, value in zip(claim.seeds, claim.differences, strict=False)
+        ]
+        blocks.append(
+            [
+                [
+                    Cell(claim.say, claim.that),
+                    Cell(claim.checkpoint),
+                    Cell(claim.verdict, "" if claim.mean is not None else numbers(claim), kind="verdict"),
+                    Cell(points(claim.mean), "", claim.mean),
+                    Cell(bounds, "", claim.low),
+                    Cell(_p(claim.p_adjusted), "" if claim.p is None else f"raw {_p(claim.p)}", claim.p_adjusted),
+                    Cell("; ".join(each) or NONE, ""),
+                ]
+            ]
+        )
+    columns = [
+        Column("Claim"),
+        Column("Checkpoint"),
+        Column("Verdict"),
+        Column("Difference", True),
+        Column("95% CI", True),
+        Column("p (Holm)", True),
+        Column("Per seed"),
+    ]
+    caption = (
+        "Differences are paired by seed, left side minus right side, in percentage points; a positive one speaks for the "
+        "claim. p is corrected for the number of claims by Holm's method."
+    )
+    return Table("claims", caption, columns, blocks, sortable=True)
+
+
+def _p(value: float | None) -> str:
+    return NONE if value is None else p_text(value).removeprefix("p ").removeprefix("= ").replace("< ", "<")
+
+
+def measuring(summary: Summary) -> Table:
+    """Return how each accuracy was measured: the attack spelled out, and how norm layers normalized meanwhile."""
+    blocks = []
+    for metric in metrics(summary):
+        rows = [row for row in summary.rows if row.metric == metric and row.total]
+        modes = sorted({row.normalization for row in rows if row.normalization})
+        images = sorted({row.total for row in rows if row.total})
+        text = summary.attack_texts.get(metric, "")
+        if metric == "clean":
+            text = text or "no attack"
+        if metric == "robust":
+            text = text or f"worst case of {listing(summary.attacks)}, image by image" if summary.attacks else NONE
+        blocks.append(
+            [
+                [
+                    Cell(metric, kind="code"),
+                    Cell(text or NONE),
+                    Cell(listing(modes) or NONE),
+                    Cell(listing(count(number) for number in images) or NONE),
+                ]
+            ]
+        )
+    columns = [Column("Accuracy"), Column("Measured with"), Column("Norm statistics"), Column("Images", True)]
+    return Table("measuring", "", columns, blocks)

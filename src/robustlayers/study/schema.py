@@ -1,0 +1,194 @@
+"""The schema of a study: closed, typed, frozen; every field is documented here and nothing else is accepted.
+
+Strict types: text is not a number (but `8/255` and `1e-3` are numbers as the field writes them), `true` is not 1, NaN and
+infinity are refused, unknown keys are faults with the nearest valid one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from robustlayers.core.errors import UserError
+from robustlayers.core.quantities import number
+
+__all__ = [
+    "ClaimConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "NormalizationConfig",
+    "OptimizerConfig",
+    "PhaseConfig",
+    "Recipe",
+    "ScheduleConfig",
+    "StudyConfig",
+    "ThreatConfig",
+    "TrainingConfig",
+]
+
+
+def _number(value: Any) -> float:
+    try:
+        return number(value)
+    except UserError as error:
+        raise ValueError(error.faults[0].message.removeprefix("value: ")) from None
+
+
+def _identifier(text: str) -> str:
+    if not text.strip() or any(mark in text for mark in '."\n'):
+        raise ValueError('a name must not be empty nor contain dots, quotes or line breaks')
+    return text
+
+
+Quantity = Annotated[float, BeforeValidator(_number)]
+Named = Annotated[str, AfterValidator(_identifier)]
+Options = dict[str, Any]
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class AugmentConfig(_Closed):
+    """Random changes of the training images, per image."""
+
+    crop: int = Field(0, ge=0, le=64, description="pixels of zero padding before a random crop; 0 is off")
+    flip: bool = Field(False, description="mirror left and right with probability 1/2")
+
+
+class DataConfig(_Closed):
+    """The images: a name that `robustlayers data list` shows, or parquet:FOLDER, idx:FOLDER, npz:FILE."""
+
+    name: str
+    validation: Quantity = Field(0.1, ge=0, le=0.9, description="share cut from train, stratified, for every choice")
+    validation_seed: int = Field(0, ge=0, description="of the cut; the same for all seeds of the study")
+    augment: AugmentConfig = AugmentConfig()
+    train_images: int | None = Field(None, ge=10, description="use only so many training images, stratified")
+    test_images: int | None = Field(None, ge=10, description="use only so many test images, the first ones")
+
+
+class ModelConfig(BaseModel):
+    """A model's name and its own options, such as depth and width."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the name."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class ThreatConfig(_Closed):
+    """The set of allowed perturbations: |x_adv - x| <= eps in this norm, inside [0, 1]."""
+
+    norm: Literal["linf", "l2"]
+    eps: Quantity = Field(gt=0, description="pixel units of [0, 1]; write 8/255")
+
+
+class SwitchConfig(_Closed):
+    """What norm layers do in one pass."""
+
+    by: Literal["auto", "batch", "running"] = "auto"
+    update: bool | Literal["auto"] = "auto"
+
+
+class NormalizationConfig(_Closed):
+    """The norm policy: a switch for each pass. Crafting by running statistics without a trace is the default."""
+
+    craft: SwitchConfig = SwitchConfig(by="running", update=False)
+    clean: SwitchConfig = SwitchConfig()
+    adversarial: SwitchConfig = SwitchConfig()
+
+
+class OptimizerConfig(_Closed):
+    """One optimizer for the trained groups of a phase."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Quantity = Field(0.1, gt=0)
+    momentum: Quantity = Field(0.9, ge=0, lt=1)
+    weight_decay: Quantity = Field(5e-4, ge=0)
+    nesterov: bool = False
+    betas: list[Quantity] = Field([0.9, 0.999], min_length=2, max_length=2)
+
+
+class ScheduleConfig(_Closed):
+    """How the learning rate changes over a phase."""
+
+    name: Literal["constant", "cosine", "linear", "one-cycle", "piecewise"] = "constant"
+    milestones: list[Quantity] = Field([0.5, 0.75], description="of piecewise, as fractions of the phase")
+    factor: Quantity = Field(0.1, gt=0, le=1, description="of piecewise")
+    peak: Quantity = Field(0.4, gt=0, lt=1, description="of one-cycle, as a fraction of the phase")
+    warmup: Quantity = Field(0.0, ge=0, lt=1, description="linear rise at the start, as a fraction of the phase")
+
+
+class TrainingConfig(_Closed):
+    """Settings that every phase shares unless it says otherwise; mappings are merged key by key."""
+
+    batch_size: int = Field(128, ge=2)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    normalization: NormalizationConfig = NormalizationConfig()
+
+
+class PhaseConfig(TrainingConfig):
+    """A stretch of training in which each group of tensors has one signal."""
+
+    name: Named
+    epochs: int = Field(ge=0, description="0 leaves the phase out")
+    train: dict[str, str | dict[str, Quantity]] = Field(
+        min_length=1, description="group -> signal; a group is a name from `groups` or a selector"
+    )
+    attack: str | Options | None = Field(None, description="of the adversarial pass; the study's unless given")
+
+
+class MonitorConfig(_Closed):
+    """What is measured after every epoch: the learning curves, and the choice of the best checkpoint."""
+
+    attack: str | Options = "pgd-10"
+    images: int = Field(1000, ge=1, description="at most so many of train and of validation")
+    select: Literal["robust", "clean"] = Field("robust", description="validation accuracy that chooses the best epoch")
+
+
+class EvaluateConfig(_Closed):
+    """What is measured on the test set, once per reported row."""
+
+    attacks: list[str | Options] = Field(["pgd-20"], min_length=1)
+    checkpoints: list[Literal["best", "last"]] = Field(["best", "last"], min_length=1)
+    batch_size: int = Field(500, ge=1)
+    monitor: MonitorConfig = MonitorConfig()
+
+
+class ClaimConfig(_Closed):
+    """A statement in words and as a comparison that a paired test over the seeds can support or contradict."""
+
+    say: str = Field(min_length=1)
+    that: str = Field(min_length=1)
+
+
+class Recipe(_Closed):
+    """Everything that decides a result but the seed: one arm of a study, all factors applied."""
+
+    data: DataConfig
+    model: ModelConfig
+    threat: ThreatConfig
+    attack: str | Options = "pgd-10"
+    groups: dict[Named, str] = Field({}, description="names for selectors")
+    training: TrainingConfig = TrainingConfig()
+    phases: list[PhaseConfig] = Field(min_length=1)
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class StudyConfig(Recipe):
+    """A recipe x factors x seeds, the question it answers, and its claims."""
+
+    question: str = Field(min_length=1)
+    name: Named | None = Field(None, description="the file's name unless given")
+    factors: dict[Named, dict[str, dict[str, Any]]] = Field(
+        {}, description="factor -> level -> patch {dotted path: value}"
+    )
+    seeds: Annotated[int, Field(ge=1, le=1000)] | list[Annotated[int, Field(ge=0)]] = 3
+    claims: list[ClaimConfig] = []

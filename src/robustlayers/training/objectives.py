@@ -1,0 +1,90 @@
+"""Objectives, each a scalar loss on a batch with the passes it needs, and signals: what a group learns from.
+
+A new objective is one function and one line in `OBJECTIVES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+from robustlayers.core.errors import UserError, one_of
+from robustlayers.core.quantities import number
+
+__all__ = ["FROZEN", "OBJECTIVES", "Objective", "Signal", "parse_signal", "signal_text"]
+
+FROZEN = "frozen"
+
+Signal = Mapping[str, float]
+"""Objective name -> weight; the empty mapping is `frozen`."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss L(logits of each pass, y) averaged over the batch, and the passes (`clean`, `adversarial`) it reads."""
+
+    name: str
+    passes: tuple[str, ...]
+    loss: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+def _natural(logits: Mapping[str, Tensor], y: Tensor) -> Tensor:
+    return functional.cross_entropy(logits["clean"], y)
+
+
+def _adversarial(logits: Mapping[str, Tensor], y: Tensor) -> Tensor:
+    return functional.cross_entropy(logits["adversarial"], y)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective
+    for objective in (
+        # Cross-entropy of the images as they are.
+        Objective("natural", ("clean",), _natural),
+        # Cross-entropy of the adversarial images: Madry et al. 2018, equation 2.1.
+        Objective("adversarial", ("adversarial",), _adversarial),
+    )
+}
+
+
+def parse_signal(value: str | Mapping[str, float | str]) -> Signal:
+    """Return a signal from an objective's name, `frozen`, or weights such as `{adversarial: 0.5, natural: 0.5}`.
+
+    Raises `UserError` for unknown objectives and for weights that are not positive.
+
+    >>> parse_signal("adversarial"), parse_signal("frozen")
+    ({'adversarial': 1.0}, {})
+    """
+    if isinstance(value, str):
+        if value == FROZEN:
+            return {}
+        if value not in OBJECTIVES:
+            raise UserError(one_of("signal", value, [*OBJECTIVES, FROZEN]))
+        return {value: 1.0}
+    if not isinstance(value, Mapping) or not value:
+        raise UserError(f"a signal is one of {', '.join([*OBJECTIVES, FROZEN])}, or weights of objectives, not {value!r}")
+    weights = {}
+    for name, weight in value.items():
+        if name not in OBJECTIVES:
+            raise UserError(one_of("objective", str(name), OBJECTIVES))
+        weights[name] = number(weight, f"weight of {name}")
+        if weights[name] <= 0:
+            raise UserError(f"weight of {name}: {weight} is not positive; leave the objective out instead")
+    return weights
+
+
+def signal_text(signal: Signal) -> str:
+    """Return a signal as a person writes it.
+
+    >>> signal_text({"adversarial": 0.5, "natural": 0.5}), signal_text({})
+    ('0.5 adversarial + 0.5 natural', 'frozen')
+    """
+    if not signal:
+        return FROZEN
+    if len(signal) == 1 and next(iter(signal.values())) == 1.0:
+        return next(iter(signal))
+    return " + ".join(f"{weight:g} {name}" for name, weight in signal.items())
+
