@@ -2,9 +2,9 @@
 
     python tools/make_fashion_mnist_mini.py [--source FOLDER] [--to FILE]
 
-It holds 1,000 training and 200 test images of each class. Within a class, images are taken in the order of the SHA-256 of
-"SEED:part:index", a permutation that no version of any library can change; classes alternate, so that image i is of class
-i mod 10. The archive has no dates, so the same zlib gives the same bytes. Prints the SHA-256 that belongs into
+It holds 1,000 training and 200 test images of each class. Within a class, images are taken in the order of the SHA-256
+of "SEED:part:index", a permutation that no version of any library can change; classes alternate, so that image i is of
+class i mod 10. The archive has no dates, so the same zlib gives the same bytes. Prints the SHA-256 that belongs into
 `robustlayers.data.fashion.MINI_DIGEST`.
 """
 

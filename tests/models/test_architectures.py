@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from robustlayers import models
 from robustlayers.core.errors import UserError
@@ -83,7 +84,7 @@ def test_layout_and_normalize_cover_every_tensor_exactly_once(name, options):
         assert sum(tensor.startswith(prefix + ".") for prefix in prefixes) == 1, tensor
         assert (layout.part_of(tensor) is None) == tensor.startswith("normalize.")
     for stage in layout.stages:
-        assert [child for child, _ in modules[stage[0]].named_children()][0] == "0"
+        assert next(child for child, _ in modules[stage[0]].named_children()) == "0"
 
 
 def test_layout_names_of_the_two_families():
@@ -156,7 +157,7 @@ def test_traceable_copyable_and_channels_last(name, options):
     assert torch.equal(traced(x), expected)
     assert any(node.op == "get_attr" and node.target == "normalize.mean" for node in traced.graph.nodes)
     assert torch.equal(copy.deepcopy(model)(x), expected)
-    last = model.to(memory_format=torch.channels_last)
+    last = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), expected)
 
 
@@ -199,3 +200,54 @@ def test_the_stem_stride_divides_the_pixels_that_the_stages_see():
     model.get_submodule("layer1").register_forward_hook(lambda module, args, output: sizes.append(output.shape[2:]))
     model(torch.rand(1, 3, 28, 28))
     assert sizes == [(14, 14)]
+
+
+def randomized(model):
+    """The model in evaluation mode with statistics, scales and shifts that are not 0 or 1."""
+    generator = torch.Generator().manual_seed(7)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                getattr(module, name).data.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def conv(state, name, x, stride=1):
+    weight = state[f"{name}.weight"]
+    return functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+
+def norm(state, name, x):
+    weight, bias, mean, var = (
+        state[f"{name}.{key}"].view(1, -1, 1, 1) for key in ("weight", "bias", "running_mean", "running_var")
+    )
+    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+
+def test_the_resnet_computes_what_the_paper_says():
+    model = randomized(models.build("resnet", seed=0, depth=8, width=4, shortcut="B"))
+    state, x = model.state_dict(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    y = norm(state, "bn1", conv(state, "conv1", (x - 0.5) / 0.5)).relu()
+    for stage, stride in ((1, 1), (2, 2), (3, 2)):
+        block = f"layer{stage}.0"
+        z = norm(state, f"{block}.bn1", conv(state, f"{block}.conv1", y, stride)).relu()
+        z = norm(state, f"{block}.bn2", conv(state, f"{block}.conv2", z))
+        if stride == 2:
+            y = norm(state, f"{block}.shortcut.1", conv(state, f"{block}.shortcut.0", y, 2))
+        y = (z + y).relu()
+    expected = y.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_pre_activation_network_computes_what_the_paper_says():
+    model = randomized(models.build("wide-resnet", seed=0, depth=10, widen=1))
+    state, x = model.state_dict(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    y = conv(state, "conv1", (x - 0.5) / 0.5)
+    for stage, stride in ((1, 1), (2, 2), (3, 2)):
+        block = f"layer{stage}.0"
+        active = norm(state, f"{block}.bn1", y).relu()
+        z = norm(state, f"{block}.bn2", conv(state, f"{block}.conv1", active, stride)).relu()
+        shortcut = conv(state, f"{block}.shortcut.0", active, 2) if stride == 2 else y
+        y = conv(state, f"{block}.conv2", z) + shortcut
+    expected = norm(state, "bn", y).relu().mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

@@ -83,21 +83,23 @@ def accuracies(clean: float, robust: float, draw: np.random.Generator) -> dict[s
     }
 
 
-def curve(
-    clean: float, robust: float, trained: bool, draw: np.random.Generator, stop: int | None = None
-) -> list[CurvePoint]:
+def curve(clean: float, robust: float, trained: bool, seed: int, stop: int | None = None) -> list[CurvePoint]:
+    """The first phase depends on the seed alone, since arms share it."""
     points: list[CurvePoint] = []
+    draw = np.random.default_rng(seed)
+    shift = draw.normal(0, 0.012, 2)
 
     def add(phase: str, phase_clean: float, phase_robust: float, loss: float) -> None:
         wobble = draw.normal(0, 0.006, 4)
+        robust_here = phase_robust > 0.01
         points.append(
             CurvePoint(
                 epoch=len(points) + 1,
                 phase=phase,
-                train_clean=float(np.clip(phase_clean * 1.03 + wobble[0], 0, 1)),
-                train_robust=float(np.clip(phase_robust * 1.08 + wobble[1] * (phase_robust > 0.01), 0, 1)),
-                validation_clean=float(np.clip(phase_clean + wobble[2], 0, 1)),
-                validation_robust=float(np.clip(phase_robust + wobble[3] * (phase_robust > 0.01), 0, 1)),
+                train_clean=float(np.clip(phase_clean * 1.03 + wobble[0] + shift[0], 0, 1)),
+                train_robust=float(np.clip(phase_robust * 1.08 + (wobble[1] + shift[1]) * robust_here, 0, 1)),
+                validation_clean=float(np.clip(phase_clean + wobble[2] + shift[0], 0, 1)),
+                validation_robust=float(np.clip(phase_robust + (wobble[3] + shift[1]) * robust_here, 0, 1)),
                 train_loss=loss,
                 seconds=6.5 if phase == "pretrain" else 38.0,
             )
@@ -236,7 +238,7 @@ def build_arm(
         best_epoch={seed: epochs - seed % 3 for seed in whole},
         phases=lines,
         curves={
-            seed: curve(clean, robust, keep is not None, draw, stop=12 if seed == diverged else None) for seed in seeds
+            seed: curve(clean, robust, keep is not None, seed, stop=12 if seed == diverged else None) for seed in seeds
         }
         if curves
         else {},

@@ -34,7 +34,7 @@ PROGRESS = 0.75  # rho of the paper: share of steps since the last checkpoint th
 def checkpoints(steps: int) -> tuple[int, ...]:
     """Return the iterations at which the step size may be halved: ceil(p_j steps), inside 1 .. steps - 1.
 
-    p_0 = 0, p_1 = 0.22, p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06) (Croce & Hein 2020, section 3.1).
+    p_0 = 0, p_1 = 0.22, p_(j+1) = p_j + max(p_j - p_(j-1) - 0.03, 0.06) (Croce & Hein 2020, section 3).
 
     >>> checkpoints(100)
     (22, 41, 57, 70, 80, 87, 93, 99)

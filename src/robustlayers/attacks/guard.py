@@ -26,13 +26,15 @@ def guard(model: nn.Module, *, keep_statistics: bool = False) -> Iterator[None]:
     """Freeze the parameters of `model` inside the block, and on exit undo what the block did to it.
 
     Restored, for every module: its own `training`, its hooks, and which parameters, buffers and children it has. For
-    every parameter: `requires_grad`, and `.grad` (None inside the block), the same tensor object as before. For every
+    every parameter: `requires_grad`, `.grad` (None inside the block), the same tensor object as before, and the memory
+    that holds its values, so that a conversion such as `model.half()` is undone. For every
     buffer: its value, bit by bit, in the same tensor object. Besides: the global random states of torch (CPU, and the
     CUDA devices the model is on), of `random` and, where it is imported, of `numpy.random`; and whether autograd
     records.
 
     With `keep_statistics`, buffers stay as the block left them, for crafting that is meant to update running
-    statistics. Not covered: the values of parameters, and state of a module that is neither parameter nor buffer.
+    statistics. Not covered: values written into a parameter in place, and state of a module that is neither parameter
+    nor buffer.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     >>> with guard(net):
@@ -49,12 +51,15 @@ def guard(model: nn.Module, *, keep_statistics: bool = False) -> Iterator[None]:
         for name in names
         if (value := module.__dict__.get(name)) is not None
     ]
-    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    buffers = [] if keep_statistics else [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    random_states = _random_states(model)
+    # Walked by hand, each tensor once: `parameters()` and `buffers()` would walk the whole tree for each call.
+    own_parameters = {p: None for module in modules for p in module._parameters.values() if p is not None}
+    own_buffers = {b: None for module in modules for b in module._buffers.values() if b is not None}
+    parameters = [(p, p.requires_grad, p.grad, p.data) for p in own_parameters]
+    buffers = [] if keep_statistics else [(b, b.detach().clone()) for b in own_buffers]
+    random_states = _random_states({tensor.device for tensor in (*own_parameters, *own_buffers)})
     recording = torch.is_grad_enabled()
     try:
-        for parameter, _, _ in parameters:
+        for parameter, *_ in parameters:
             parameter.grad = None
             parameter.requires_grad_(False)
         yield
@@ -65,7 +70,9 @@ def guard(model: nn.Module, *, keep_statistics: bool = False) -> Iterator[None]:
         for module, name, value in plain:
             if getattr(module, name) is not value:
                 setattr(module, name, value)
-        for parameter, requires_grad, grad in parameters:
+        for parameter, requires_grad, grad, data in parameters:
+            if not _aliases(parameter, data):
+                parameter.data = data
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         for buffer, value in buffers:
@@ -86,6 +93,10 @@ def _restore_container(module: nn.Module, name: str, value: Any, copy: Any) -> N
         value.update(copy)
 
 
+def _aliases(tensor: Tensor, data: Tensor) -> bool:
+    return tensor.data_ptr() == data.data_ptr() and tensor.dtype == data.dtype and tensor.shape == data.shape
+
+
 def _same(value: Any, copy: Any) -> bool:
     if isinstance(value, set):
         return value == copy
@@ -103,7 +114,7 @@ def _restore_value(buffer: Tensor, value: Tensor) -> None:
         buffer.data = value
 
 
-def _random_states(model: nn.Module) -> list[tuple[Callable[[Any], object], Any]]:
+def _random_states(devices: set[torch.device]) -> list[tuple[Callable[[Any], object], Any]]:
     states: list[tuple[Callable[[Any], object], Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
         (random.setstate, random.getstate()),
@@ -111,9 +122,8 @@ def _random_states(model: nn.Module) -> list[tuple[Callable[[Any], object], Any]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         states.append((numpy.random.set_state, numpy.random.get_state()))
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    return states + [(_cuda_setter(device), torch.cuda.get_rng_state(device)) for device in devices]
+    cuda = [device for device in devices if device.type == "cuda"]
+    return states + [(_cuda_setter(device), torch.cuda.get_rng_state(device)) for device in cuda]
 
 
 def _cuda_setter(device: torch.device) -> Callable[[Tensor], None]:

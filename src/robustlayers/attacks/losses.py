@@ -34,7 +34,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Return the difference of logits ratio -(z_y - max over j != y of z_j) / (z_(1) - z_(3)), z_(k) the k-th largest.
 
     Unchanged when the logits are shifted or scaled, so a model cannot hide by inflating them; three or more classes
-    (Croce & Hein 2020, section 4, eq. 6).
+    (Croce & Hein 2020, section 4).
 
     >>> dlr(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
     tensor([-0.5000])
@@ -44,7 +44,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def kl(logits: Tensor, clean: Tensor) -> Tensor:
-    """Return KL(softmax(clean) || softmax(z)), the loss that TRADES attacks (Zhang et al. 2019, eq. 5); no labels."""
+    """Return KL(softmax(clean) || softmax(z)), the loss that TRADES attacks (Zhang et al. 2019); no labels."""
     difference = F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True)
     return difference.sum(1)
 

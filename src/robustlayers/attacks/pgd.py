@@ -38,11 +38,11 @@ class PGD:
     The direction is the sign of the gradient (linf) or the normalized gradient (l2); P is `threat.project`
     (Madry et al. 2018, section 2.1).
 
-    `step_size` is in pixel units and may be written `2/255`; None means 2.5 eps / steps, with which every point of
-    the ball can be reached and left again. `loss` is `ce`, `margin`, `dlr` or `kl`. `keep="best"` returns, for each
-    image, the best of all iterates of all restarts, the last one included: misclassified before not, then the higher
-    loss; this costs one more forward for each restart. `keep="last"` returns the last iterate. Restarts are nested:
-    the first r of r + 1 restarts see the draws of a run with r, so accuracy never rises with restarts.
+    `step_size` is in pixel units and may be written `2/255`; None means 2.5 eps / steps, which reaches the ball's
+    boundary from any start (Madry et al. 2018). `loss` is `ce`, `margin`, `dlr` or `kl`. `keep="best"` returns, for
+    each image, the best of all iterates of all restarts, the last one included: misclassified before not, then the
+    higher loss; this costs one more forward for each restart. `keep="last"` returns the last iterate. Restarts are
+    nested: the first r of r + 1 restarts see the draws of a run with r, so accuracy never rises with restarts.
 
     Raises `UserError` for values that are not allowed, and for settings in which the attack could do nothing.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from robustlayers.core.errors import UserError
 from robustlayers.data.assemble import Part, assemble, fault
 from robustlayers.data.images import Dataset
 
@@ -45,7 +45,9 @@ def read_bytes(content: bytes, path: Path, *, name: str, classes: tuple[str, ...
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             spelling = _spelling(list(archive.files), path)
             arrays = [_array(archive, key, path) for key in spelling]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # zip, its decompressors and NumPy's header reader raise anything on damaged bytes
         raise fault(path, f"damaged archive ({error})") from None
     parts = []
     for images, labels, key in ((arrays[0], arrays[1], spelling[0]), (arrays[2], arrays[3], spelling[2])):
@@ -66,9 +68,12 @@ def _spelling(found: list[str], path: Path) -> tuple[str, ...]:
 
 def _array(archive: Any, key: str, path: Path) -> np.ndarray[Any, Any]:
     try:
-        return archive[key]
+        array = archive[key]
     except ValueError as error:  # arrays of Python objects, and headers that are none
         raise fault(path, f"array {key}: {error}") from None
+    if not isinstance(array, np.ndarray):  # NumPy hands over a member that is no array as its bytes
+        raise fault(path, f"{key} is not an array")
+    return array
 
 
 def _channels_first(images: np.ndarray[Any, Any], key: str, path: Path) -> np.ndarray[Any, Any]:

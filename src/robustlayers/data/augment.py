@@ -1,4 +1,4 @@
-"""Random crops and flips, drawn for each image on its own and applied to the whole batch as indexed tensor operations."""
+"""Random crops and flips, drawn for each image on its own and applied to a whole batch by indexed tensor operations."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ class Augment:
     def at(self, images: Tensor, draws: Tensor) -> Tensor:
         """Return `images` [n, c, h, w], bytes or floats, varied as `draws` [n, 3] on the same device say."""
         n, _, height, width = images.shape
-        if self.crop >= min(height, width):
-            if self.crop == 0:
-                return images
+        if self.crop and self.crop >= min(height, width):
             raise UserError(f"augment.crop: {self.crop} on images of {height}x{width}; allowed: less than their sides")
         if self.crop:
             padded = functional.pad(images, (self.crop,) * 4)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747): where its files may lie, and the small set inside here."""
+"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): where its files may lie, and a small part in the package."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def cache_folder(name: str) -> Path:
-    """Return the folder of the user's cache that `fetch` writes to and `load` looks in: `~/.cache/robustlayers/NAME`."""
+    """Return `~/.cache/robustlayers/NAME`: the folder that `fetch` writes to and `load` looks in."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "robustlayers" / name
 

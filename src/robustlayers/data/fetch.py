@@ -1,4 +1,4 @@
-"""Downloads, only when asked for: every file is checked against its SHA-256 before it is written, whole or not at all."""
+"""Downloads, only when asked for: each file is checked against its SHA-256, then written whole, or not at all."""
 
 from __future__ import annotations
 

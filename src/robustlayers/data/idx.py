@@ -66,7 +66,7 @@ def unpack(path: Path) -> bytes:
 
 
 def parse(content: bytes, path: Path, *, dimensions: int) -> np.ndarray[Any, Any]:
-    """Return the uint8 array of an IDX file's bytes, checked to have the magic number, the dimensions and the length."""
+    """Return the uint8 array in an IDX file's bytes; magic number, dimensions and length are checked."""
     header = 4 + 4 * dimensions
     if len(content) < header:
         raise fault(path, f"{len(content)} bytes, shorter than an IDX header")

@@ -59,10 +59,9 @@ class Images:
     def take(self, indices: Tensor | Sequence[int]) -> Images:
         """Return a copy of the images at `indices`, in that order; one that does not exist is a `UserError`."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.device)
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < len(self)):
-            raise UserError(
-                f"take: indices from {int(index.min())} to {int(index.max())}; allowed: 0 to {len(self) - 1}"
-            )
+        low, high = _span(index)
+        if low < 0 or high >= len(self):
+            raise UserError(f"take: indices from {low} to {high}; allowed: 0 to {len(self) - 1}")
         return Images(self.images[index], self.labels[index])
 
     def first(self, n: int) -> Images:
@@ -92,10 +91,9 @@ class Dataset:
         if train.shape != test.shape:
             raise UserError(f"{name}: training images are {list(train.shape)}, test images {list(test.shape)}")
         for part, images in (("training", train), ("test", test)):
-            labels = images.labels
-            if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < len(classes)):
-                span = f"{int(labels.min())} to {int(labels.max())}"
-                raise UserError(f"{name}: {part} labels are {span}; allowed: 0 to {len(classes) - 1}")
+            low, high = _span(images.labels)
+            if low < 0 or high >= len(classes):
+                raise UserError(f"{name}: {part} labels are {low} to {high}; allowed: 0 to {len(classes) - 1}")
         return cls(name, train, test, tuple(classes), _digest(train, test, classes))
 
     def to(self, device: torch.device | str) -> Dataset:
@@ -113,6 +111,10 @@ def to_float(images: Tensor) -> Tensor:
         raise UserError(f"to_float: {images.dtype}; allowed: uint8")
     # A divisor on the device, not a Python number: CUDA turns the latter into a product with 1/255, which rounds twice.
     return images.to(torch.float32).div_(torch.full((), 255.0, device=images.device))
+
+
+def _span(numbers: Tensor) -> tuple[int, int]:
+    return (int(numbers.min()), int(numbers.max())) if numbers.numel() else (0, -1)
 
 
 def _digest(train: Images, test: Images, classes: Sequence[str]) -> str:

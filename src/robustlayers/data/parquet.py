@@ -108,7 +108,7 @@ def _columns(files: list[Path]) -> _Columns:
         encoded.extend((path, row, content) for row, content in enumerate(_contents(table.column(image))))
         if table.column(label).null_count:
             raise fault(path, f"column {label} has {table.column(label).null_count} empty label(s)")
-        labels.append(table.column(label).to_numpy())
+        labels.append(table.column(label).to_numpy().astype(np.int64))
     return _Columns(encoded, np.concatenate(labels), classes)
 
 

@@ -1,7 +1,7 @@
 """Signs that a robust accuracy means less than it says: each flag is a short text, and an honest model raises none.
 
 A flag proves nothing by itself. It says that gradient attacks or the evaluation itself may be misled (Athalye et al.
-2018, section 3.1; Carlini et al. 2019, section 3).
+2018, section 3.1; Carlini et al. 2019).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def flags(model: Forward, x: Tensor, y: Tensor, threat: Threat) -> list[str]:
     """Return the texts of all flags that `model` raises on a batch of images; an empty list for an honest model.
 
     `model`: an `nn.Module`, or a function from images to logits; `x`: one batch of some hundred images [n, c, h, w],
-    uint8 or floats in [0, 1]; `y`: integer labels [n]. The model is left without a trace. Cost: 26 forward and 11
+    uint8 or floats in [0, 1]; `y`: integer labels [n]. The model is left without a trace. Cost: 28 forward and 11
     backward passes for each image. A model with random outputs, or without a gradient, is not tested for what follows
     from that.
     """

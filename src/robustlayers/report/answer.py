@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from robustlayers.report.measured import absent, accuracy, broken, primary, values
 from robustlayers.report.statistics import Interval
-from robustlayers.report.wording import count, listing, p_text, percent, plural, points, share, spread
+from robustlayers.report.wording import count, listing, n_text, p_text, percent, plural, points, share, spread
 from robustlayers.study.summary import Arm, ClaimResult, Summary
 
-__all__ = ["Answer", "Standing", "Verdict", "answer", "numbers"]
+__all__ = ["Answer", "Standing", "Verdict", "answer", "numbers", "quoted"]
 
 _ORDER = ["supported", "contradicted", "undecided"]
 
@@ -73,8 +73,8 @@ def numbers(claim: ClaimResult) -> str:
     if n < 2 or claim.low is None or claim.high is None:
         return f"The difference is {points(claim.mean)} points in {plural(n, 'seed')}: no interval and no test."
     low, high = points(claim.low), points(claim.high)
-    test = f"{p_text(claim.p_adjusted)} (Holm)" if claim.p_adjusted is not None else p_text(claim.p)
-    return f"Mean difference {points(claim.mean)} points (95% CI {low} to {high}, n = {n} seeds, {test})."
+    test = f"Holm-adjusted {p_text(claim.p_adjusted)}" if claim.p_adjusted is not None else p_text(claim.p)
+    return f"Mean difference {points(claim.mean)} points (95% CI {low} to {high}, {n_text(n)} seeds, {test})."
 
 
 def _verdicts(summary: Summary, checkpoint: str) -> list[Verdict]:
@@ -141,17 +141,22 @@ def _extremes(standings: list[Standing]) -> str:
     robust = measured[0]
     clean = max(measured, key=lambda one: one.clean.mean or 0.0)
     if len(measured) == 1:
-        return f"The only arm with results is {robust.arm.name}: {_pair(robust)}."
+        return f"The only arm with results is {quoted(robust.arm)}: {_pair(robust)}."
     if clean is robust:
-        return f"{robust.arm.name} has both the highest robust and the highest clean accuracy: {_pair(robust)}."
+        return f"The arm {quoted(robust.arm)} has both the highest robust and the highest clean accuracy: {_pair(robust)}."
     return (
-        f"Highest robust accuracy: {robust.arm.name}, {_pair(robust)}. "
-        f"Highest clean accuracy: {clean.arm.name}, {_pair(clean)}."
+        f"Most robust is the arm {quoted(robust.arm)}: {_pair(robust)}. "
+        f"Most accurate on clean images is the arm {quoted(clean.arm)}: {_pair(clean)}."
     )
 
 
+def quoted(arm: Arm) -> str:
+    """Return the name of an arm for running text, where a name such as `none` would be read as a word."""
+    return f"“{arm.name}”"
+
+
 def _pair(one: Standing) -> str:
-    return f"{percent(one.robust.mean)} robust and {percent(one.clean.mean)} clean"
+    return f"{percent(one.robust.mean)} robust, {percent(one.clean.mean)} clean"
 
 
 def _seeds(summary: Summary, standings: list[Standing]) -> str:
@@ -182,9 +187,9 @@ def _cautions(summary: Summary, checkpoint: str) -> list[str]:
             rest = (
                 f"its means are over {left} of {len(summary.seeds)} seeds" if left else "it has no numbers to show"
             )
-            found.append(f"{arm.name}: {said}; {rest}.")
+            found.append(f"Arm {quoted(arm)}: {said}; {rest}.")
         found.extend(
-            f"{arm.name}: a promise was broken in phase {line.phase}, group {line.group}, seed {line.seed}: "
+            f"Arm {quoted(arm)}: a promise was broken in phase {line.phase}, group {line.group}, seed {line.seed}: "
             f"{line.signal}, but {count(line.moved_parameters)} of {plural(line.parameters, 'parameter')} and "
             f"{count(line.moved_buffers)} of {plural(line.buffers, 'buffer entry', 'buffer entries')} moved."
             for line in broken(arm)
@@ -192,7 +197,7 @@ def _cautions(summary: Summary, checkpoint: str) -> list[str]:
         for one, metrics in arm.results.items():
             wrong = sorted({seed for column in metrics.values() for seed, value in column.items() if value != value})
             if wrong:
-                found.append(f"{arm.name}: checkpoint {one}, seed {listing(wrong)}: a value is not a number.")
+                found.append(f"Arm {quoted(arm)}: checkpoint {one}, seed {listing(wrong)}: a value is not a number.")
     flags: dict[str, list[str]] = {}
     for row in summary.rows:
         for flag in filter(None, map(str.strip, row.flags.split(";"))):

@@ -115,7 +115,7 @@ def ticks(low: float, high: float, most: int = 7) -> list[float]:
 def marker_path(shape: str, size: float = 10.0) -> str:
     """Return a marker as the `d` of an SVG path, centered in a square of `size` units, for legends in text and tables."""
     style = MarkerStyle(shape)
-    scale = size * (0.42 if shape in "oshpPXD" else 0.46) * (0.8 if shape == "D" else 1.0)
+    scale = size * (0.42 if shape in "oshpPX" else 0.48)
     outline = style.get_path().transformed(style.get_transform())
     reach = abs(outline.vertices).max()
     placed = outline.transformed(Affine2D().scale(scale / reach, -scale / reach).translate(size / 2, size / 2))

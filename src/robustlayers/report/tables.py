@@ -271,7 +271,7 @@ def claims(summary: Summary) -> Table:
 
 
 def _p(value: float | None) -> str:
-    return NONE if value is None else p_text(value).removeprefix("p ").removeprefix("= ").replace("< ", "<")
+    return NONE if value is None else "".join(p_text(value).split()).removeprefix("p").removeprefix("=")
 
 
 def measuring(summary: Summary) -> Table:

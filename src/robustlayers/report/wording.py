@@ -14,6 +14,7 @@ __all__ = [
     "count",
     "duration",
     "listing",
+    "n_text",
     "p_text",
     "percent",
     "plural",
@@ -79,7 +80,7 @@ def plus_minus(found: Interval) -> str:
 def spread(found: Interval) -> str:
     """Return the sentence part for a share over seeds: mean, interval, number of seeds.
 
-    >>> spread(Interval(3, 0.5, 0.1, 0.25))
+    >>> spread(Interval(3, 0.5, 0.1, 0.25)).replace("\N{NO-BREAK SPACE}", " ")
     '50.0% (95% CI 25.0 to 75.0, n = 3)'
     >>> spread(Interval(1, 0.5)), spread(Interval(0))
     ('50.0% (one seed, no interval)', 'not measured')
@@ -89,7 +90,12 @@ def spread(found: Interval) -> str:
     if found.low is None:
         return f"{percent(found.mean)} (one seed, no interval)"
     low, high = points(found.low, sign=False), points(found.high, sign=False)
-    return f"{percent(found.mean)} (95% CI {low} to {high}, n = {found.n})"
+    return f"{percent(found.mean)} (95% CI {low} to {high}, {n_text(found.n)})"
+
+
+def n_text(number: int) -> str:
+    """Return `n = 3` so that no line breaks within it."""
+    return f"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{number}"
 
 
 def count(value: int) -> str:
@@ -135,16 +141,14 @@ def duration(seconds: float) -> str:
 def p_text(value: float | None) -> str:
     """Return a p value the way it is printed: two significant digits, or below a bound.
 
-    >>> p_text(0.0312), p_text(0.00001), p_text(0.5), p_text(1.0), p_text(None)
-    ('p = 0.031', 'p < 0.001', 'p = 0.50', 'p = 1.0', 'no test')
+    >>> [p_text(value).replace("\N{NO-BREAK SPACE}", " ") for value in (0.0312, 0.00001, 0.06, 0.0086, 0.5, 1.0, None)]
+    ['p = 0.031', 'p < 0.001', 'p = 0.060', 'p = 0.0086', 'p = 0.50', 'p = 1.0', 'no test']
     """
     if value is None or not math.isfinite(value):
         return "no test"
-    if value < 0.001:
-        return "p < 0.001"
-    if value > 0.995:
-        return "p = 1.0"
-    return f"p = {value:.2f}" if value >= 0.0995 else f"p = {value:.2g}"
+    digits = 2 if value >= 0.0995 else 3 if value >= 0.00995 else 4
+    text = "p < 0.001" if value < 0.001 else "p = 1.0" if value > 0.995 else f"p = {value:.{digits}f}"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def plural(number: int, one: str, many: str = "") -> str:

@@ -83,7 +83,9 @@ class Partition:
             faults.append(Fault("picks nothing: the other groups hold every tensor already", path=rests[0]))
         elif not rests and left:
             faults.append(
-                Fault(f"groups leave out {_listed(list(left))}; add them, or a group 'rest', to say what they learn from")
+                Fault(
+                    f"groups leave out {_listed(list(left))}; add them, or a group 'rest', to say what they learn from"
+                )
             )
         if faults:
             raise UserError(faults)

@@ -68,7 +68,9 @@ def _head(inventory: Inventory) -> Selection:
 
 def _shortcut(inventory: Inventory) -> Selection:
     names = [
-        name for name in inventory.modules() if name.rpartition(".")[2] in ("shortcut", "downsample", "skip", "convShortcut")
+        name
+        for name in inventory.modules()
+        if name.rpartition(".")[2] in ("shortcut", "downsample", "skip", "convShortcut")
     ]
     return _modules(inventory, tuple(names), "shortcut with tensors of its own")
 
@@ -110,7 +112,9 @@ def _modules(inventory: Inventory, prefixes: tuple[str, ...], what: str) -> Sele
         if any(alias.startswith(f"{prefix}.") for alias in entry.names for prefix in prefixes)
     ]
     if not names:
-        raise UserError(f"{type(inventory.model).__name__} has no {what} that can be seen; name its modules or use a glob")
+        raise UserError(
+            f"{type(inventory.model).__name__} has no {what} that can be seen; name its modules or use a glob"
+        )
     return Selection(inventory, names)
 
 

@@ -117,7 +117,9 @@ def _place(document: yaml.Document, changed: Sequence[tuple[Keys, str]]) -> Plac
                 if source.startswith("--set"):
                     return Fault("", path=_below(source, path[len(keys) :]))
                 file_path = tuple(source.split("\0"))
-                return Fault("", document.file, document.line(file_path), _below(yaml.path_text(file_path), path[len(keys) :]))
+                return Fault(
+                    "", document.file, document.line(file_path), _below(yaml.path_text(file_path), path[len(keys) :])
+                )
         return Fault("", document.file, document.line(path))
 
     return place
@@ -135,7 +137,11 @@ def _arms(
     factors = list(config.factors)
     for factor, levels in config.factors.items():
         if not levels:
-            faults[Fault("needs at least one level", document.file, document.line(("factors", factor)), f"factors.{factor}")] = None
+            faults[
+                Fault(
+                    "needs at least one level", document.file, document.line(("factors", factor)), f"factors.{factor}"
+                )
+            ] = None
     for combination in itertools.product(*(config.factors[factor] for factor in factors)):
         levels = dict(zip(factors, combination, strict=True))
         chosen = [(f"factors.{f}.{level}", config.factors[f][level]) for f, level in levels.items()]
@@ -160,7 +166,9 @@ def _recipe(
     changed = list(changed)
     clashes = patches.conflicts(chosen, value)
     if clashes:
-        raise UserError([fault.at(file=document.file, line=document.line(_factor_path(fault, levels))) for fault in clashes])
+        raise UserError(
+            [fault.at(file=document.file, line=document.line(_factor_path(fault, levels))) for fault in clashes]
+        )
     for (factor, level), (source, patch) in zip(levels.items(), chosen, strict=True):
         for path, new in patch.items():
             file_path = ("factors", factor, level, path)
@@ -175,7 +183,9 @@ def _recipe(
             try:
                 value = patches.apply(value, path, new, where=f"{source}.{path}")
             except UserError as error:
-                raise UserError([f.at(file=document.file, line=document.line(file_path)) for f in error.faults]) from None
+                raise UserError(
+                    [f.at(file=document.file, line=document.line(file_path)) for f in error.faults]
+                ) from None
             changed.append((_keys(value, path), "\0".join(file_path)))
     place = _place(document, changed)
     plain = {key: item for key, item in value.items() if key in _RECIPE}
@@ -220,7 +230,9 @@ def _claims(config: StudyConfig, recipe: Recipe, place: Place) -> tuple[tuple[st
     for index, claim in enumerate(config.claims):
         try:
             bound = parse_claim(claim.that).bind(
-                {factor: tuple(levels) for factor, levels in config.factors.items()}, metrics, recipe.evaluate.checkpoints
+                {factor: tuple(levels) for factor, levels in config.factors.items()},
+                metrics,
+                recipe.evaluate.checkpoints,
             )
             claims.append((claim.say, bound))
         except UserError as error:

@@ -39,7 +39,7 @@ def _number(value: Any) -> float:
 
 def _identifier(text: str) -> str:
     if not text.strip() or any(mark in text for mark in '."\n'):
-        raise ValueError('a name must not be empty nor contain dots, quotes or line breaks')
+        raise ValueError("a name must not be empty nor contain dots, quotes or line breaks")
     return text
 
 

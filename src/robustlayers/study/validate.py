@@ -54,9 +54,7 @@ def _real(error: Any, value: Any) -> Keys:
     parts = error["loc"]
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
-        if isinstance(value, dict) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
             value = value[part]
         elif isinstance(value, dict) and last and error["type"] == "missing":
             value = None
@@ -83,8 +81,14 @@ def _message(kind: type[BaseModel], path: Keys, value: Any, errors: Sequence[Any
     if what == "missing":
         return f"key {path[-1]!r} is missing"
     if what in ("literal_error", "enum"):
-        allowed = [part.strip().strip("'") for part in str(context.get("expected", "")).replace(" or ", ", ").split(",")]
-        return one_of("value", given, allowed) if isinstance(given, str) else f"{_shown(given)} is not allowed; allowed: {', '.join(allowed)}"
+        allowed = [
+            part.strip().strip("'") for part in str(context.get("expected", "")).replace(" or ", ", ").split(",")
+        ]
+        return (
+            one_of("value", given, allowed)
+            if isinstance(given, str)
+            else f"{_shown(given)} is not allowed; allowed: {', '.join(allowed)}"
+        )
     if what in _TYPES:
         return f"{_shown(given)} is not allowed; allowed: {_TYPES[what]}"
     if what == "value_error":
@@ -93,7 +97,7 @@ def _message(kind: type[BaseModel], path: Keys, value: Any, errors: Sequence[Any
         word, key = _BOUNDS[what]
         return f"{_shown(given)} is not allowed; allowed: {word} {context[key]:g}"
     if what in ("too_short", "string_too_short"):
-        return f"must not be empty" if context.get("min_length", 1) == 1 else f"needs {context['min_length']} items"
+        return "must not be empty" if context.get("min_length", 1) == 1 else f"needs {context['min_length']} items"
     if what == "too_long":
         return f"takes at most {context['max_length']} items"
     return error["msg"]

@@ -65,7 +65,9 @@ def parse_signal(value: str | Mapping[str, float | str]) -> Signal:
             raise UserError(one_of("signal", value, [*OBJECTIVES, FROZEN]))
         return {value: 1.0}
     if not isinstance(value, Mapping) or not value:
-        raise UserError(f"a signal is one of {', '.join([*OBJECTIVES, FROZEN])}, or weights of objectives, not {value!r}")
+        raise UserError(
+            f"a signal is one of {', '.join([*OBJECTIVES, FROZEN])}, or weights of objectives, not {value!r}"
+        )
     weights = {}
     for name, weight in value.items():
         if name not in OBJECTIVES:
@@ -87,4 +89,3 @@ def signal_text(signal: Signal) -> str:
     if len(signal) == 1 and next(iter(signal.values())) == 1.0:
         return next(iter(signal))
     return " + ".join(f"{weight:g} {name}" for name, weight in signal.items())
-

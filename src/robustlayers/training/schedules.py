@@ -55,7 +55,9 @@ class Schedule:
 
         The first step of a schedule that rises from zero takes the rate of the middle of its interval, so no step is lost.
         """
-        factor = self.factor_at((step + 0.5) / max(1, steps) if self.name in ("one-cycle",) or self.warmup else step / max(1, steps))
+        factor = self.factor_at(
+            (step + 0.5) / max(1, steps) if self.name in ("one-cycle",) or self.warmup else step / max(1, steps)
+        )
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         return factor

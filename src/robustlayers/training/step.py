@@ -1,10 +1,10 @@
 """The step: craft once, one forward per pass, one gradient per objective, each only for the groups that learn from it.
 
-    with guard(model):                                # leaves no trace, also on an exception
-        x_adv = attack(model under policy.craft, x, y)
-    for objective in distinct(signals):
-        gradients |= d objective / d (groups that learn from it)     # backward stops at the shallowest of them
-    optimizer.step()                                  # frozen: requires_grad False and grad None
+with guard(model):                                # leaves no trace, also on an exception
+    x_adv = attack(model under policy.craft, x, y)
+for objective in distinct(signals):
+    gradients |= d objective / d (groups that learn from it)     # backward stops at the shallowest of them
+optimizer.step()                                  # frozen: requires_grad False and grad None
 """
 
 from __future__ import annotations
@@ -188,7 +188,9 @@ class PartialStep:
                 names = ", ".join(entry.name for entry, _ in entries)
                 raise UserError(f"the statistics of {type(module).__name__} must share one signal: {names}")
 
-    def _settings_of(self, name: str, statistics: Mapping[nn.Module, list[tuple[Entry, Signal]]]) -> dict[nn.Module, Setting]:
+    def _settings_of(
+        self, name: str, statistics: Mapping[nn.Module, list[tuple[Entry, Signal]]]
+    ) -> dict[nn.Module, Setting]:
         switch = self.policy[name]
         # Crafting serves the adversarial objective: with `update: true` its passes count as that objective's.
         objective = "adversarial" if name == "craft" else _PASS_OF[name]
@@ -261,7 +263,10 @@ class PartialStep:
 
     def _forward(self, name: str, x: Tensor, y: Tensor, log: StepLog) -> Tensor:
         needed = {
-            tensor for objective in self.objectives if name in objective.passes for tensor in self._shares[objective.name]
+            tensor
+            for objective in self.objectives
+            if name in objective.passes
+            for tensor in self._shares[objective.name]
         }
         for key, tensor in self._tensors.items():
             tensor.requires_grad_(key in needed)

@@ -1,14 +1,14 @@
 """One phase of training: epochs of partial steps over data on the device, stoppable and resumable at every epoch.
 
-    for phase in recipe.phases:
-        partition = bind(phase.groups, model)            # total, disjoint, non-empty, or an error that lists the tensors
-        for x, y in batches:                              # order = f(seed, epoch) only
-            with guard(model):                            # restores modes, requires_grad, buffers, .grad, hooks, RNG
-                x_adv = attack(forward under policy.craft, x, y)
-            for objective in distinct(signals):           # a forward is shared by all that need the same pass
-                grads |= gradient(objective, of only the groups that it trains)
-            optimizer.step()                              # one optimizer, fixed groups; frozen: no grad at all
-        verify(what was promised frozen is bit-equal, what was promised trained moved)      # the ledger
+for phase in recipe.phases:
+    partition = bind(phase.groups, model)            # total, disjoint, non-empty, or an error that lists the tensors
+    for x, y in batches:                              # order = f(seed, epoch) only
+        with guard(model):                            # restores modes, requires_grad, buffers, .grad, hooks, RNG
+            x_adv = attack(forward under policy.craft, x, y)
+        for objective in distinct(signals):           # a forward is shared by all that need the same pass
+            grads |= gradient(objective, of only the groups that it trains)
+        optimizer.step()                              # one optimizer, fixed groups; frozen: no grad at all
+    verify(what was promised frozen is bit-equal, what was promised trained moved)      # the ledger
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from robustlayers.core.errors import Fault, UserError
 from robustlayers.core.random import stream
-from robustlayers.data import Augment, Images, batches
+from robustlayers.data import Augment, Images, batch_count, batches
 from robustlayers.normalization.policy import NormPolicy
 from robustlayers.selection.partition import Partition
 from robustlayers.training.ledger import GroupChange, compare, snapshot
@@ -95,10 +95,7 @@ class PhaseTrainer:
         self.step.optimizer = self.optimizer or _Nothing()
         self.start = snapshot(model)
         self.done = 0
-        self.batches = len(list(self._sizes()))
-
-    def _sizes(self) -> list[int]:
-        return batch_sizes(len(self.images), self.batch_size)
+        self.batches = batch_count(len(images), batch_size)
 
     def train_epoch(self, progress: Progress | None = None) -> EpochLog:
         """Train one epoch and return its log; a loss that is not finite raises `Diverged` within a step."""
@@ -112,9 +109,8 @@ class PhaseTrainer:
             self.images, self.batch_size, seed=self.seed, epoch=epoch, augment=self.augment, device=self.device
         )
         for index, (x, y) in enumerate(loader):
-            self.schedule.apply(
-                self.step.optimizer, self.done * self.batches + index, self.epochs * self.batches
-            ) if self.optimizer else None
+            if self.optimizer is not None:
+                self.schedule.apply(self.optimizer, self.done * self.batches + index, self.epochs * self.batches)
             log = self.step(x, y, generator=stream(self.seed, "attack", epoch, index, device=self.device))
             images += log.size
             forward += log.forward_passes * log.size

@@ -83,7 +83,7 @@ def _draw(arm: Arm, position: int, slug: str, epochs: int) -> Drawing:
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("epoch")
         figure.text(
-            0.02, 1 - 10 / HEIGHT, style.plain(arm.name, 40), parse_math=False, fontweight="bold",
+            0.0, 1 - 10 / HEIGHT, style.plain(arm.name, 40), parse_math=False, fontweight="bold",
             fontsize=style.FONT_SIZE + 1, va="top",
         )  # fmt: skip
         figure.text(
@@ -142,8 +142,8 @@ def _phases(axes: Axes, arm: Arm) -> None:
             )  # fmt: skip
 
 
-def _lines(axes: Axes, arm: Arm, kind: str, paint: str) -> float | None:
-    """Draw train and validation of one accuracy; return where the validation line ends, in percent."""
+def _lines(axes: Axes, arm: Arm, kind: str, paint: str) -> tuple[int, float] | None:
+    """Draw train and validation of one accuracy; return where the validation line ends: epoch and percent."""
     end = None
     for split, dashes in (("train", (2.2, 1.6)), ("validation", (None, None))):
         name = f"{split}_{kind}"
@@ -159,7 +159,7 @@ def _lines(axes: Axes, arm: Arm, kind: str, paint: str) -> float | None:
             axes.plot(xs, ys, color=paint, linewidth=2.0, dashes=dashes, zorder=4)
             if len(xs) == 1:
                 axes.plot(xs, ys, marker="o", markersize=3, color=paint, zorder=4)
-            end = ys[-1] if split == "validation" else end
+            end = (xs[-1], ys[-1]) if split == "validation" else end
     return end
 
 
@@ -185,16 +185,16 @@ def _chosen(axes: Axes, arm: Arm, paint: str) -> None:
                 )  # fmt: skip
 
 
-def _direct(axes: Axes, ends: Mapping[str, float | None], paint: Mapping[str, str]) -> None:
+def _direct(axes: Axes, ends: Mapping[str, tuple[int, float] | None], paint: Mapping[str, str]) -> None:
     """Write `clean` and `robust` at the ends of their lines, apart from each other."""
-    known = sorted((end, kind) for kind, end in ends.items() if end is not None)
-    heights = [end for end, _ in known]
+    known = sorted((end[1], end[0], kind) for kind, end in ends.items() if end is not None)
+    heights = [height for height, _, _ in known]
     if len(heights) == 2 and heights[1] - heights[0] < 9:
         middle = sum(heights) / 2
         heights = [middle - 4.5, middle + 4.5]
-    for height, (_, kind) in zip(heights, known, strict=True):
+    for height, (_, epoch, kind) in zip(heights, known, strict=True):
         axes.annotate(
-            kind, (1.0, height), xycoords=("axes fraction", "data"), xytext=(5, 0), textcoords="offset points",
-            va="center_baseline", color=style.INK if kind == "robust" else paint[kind],
-            fontsize=style.FONT_SIZE - 1, fontweight="bold" if kind == "robust" else "normal", annotation_clip=False,
+            kind, (epoch, height), xytext=(7, 0), textcoords="offset points", va="center_baseline",
+            color=style.INK if kind == "robust" else paint[kind], fontsize=style.FONT_SIZE - 1,
+            fontweight="bold" if kind == "robust" else "normal", annotation_clip=False,
         )  # fmt: skip

@@ -17,9 +17,9 @@ from robustlayers.study.summary import Arm, Summary
 
 __all__ = ["draw", "table"]
 
-WIDTH, HEIGHT = 500.0, 420.0
-_LEFT, _RIGHT, _BOTTOM, _TOP = 56.0, 14.0, 50.0, 14.0
-_DOT, _MEAN = 6.5, 11.0
+WIDTH, HEIGHT = 440.0, 384.0
+_LEFT, _RIGHT, _BOTTOM, _TOP = 44.0, 8.0, 44.0, 8.0
+_DOT, _MEAN = 6.0, 10.5
 
 
 def draw(summary: Summary) -> list[Drawing]:
@@ -187,7 +187,7 @@ def _names(axes: Axes, summary: Summary, checkpoint: str, obstacles: list[Box]) 
         for arm in summary.arms
         if (pair := _pair(arm, checkpoint))
     ]
-    size = style.FONT_SIZE + 1
+    size = style.FONT_SIZE
     bounds = Box(_LEFT + 2, _BOTTOM + 2, WIDTH - 4, HEIGHT - 4)
     boxes = place([at for _, at in named], [(width_of(name, size), size) for name, _ in named], obstacles, bounds)
     for (name, at), box in zip(named, boxes, strict=True):

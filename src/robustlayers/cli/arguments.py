@@ -1,0 +1,20 @@
+"""Arguments that several commands share, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+__all__ = ["Overrides", "StudyFile", "StudyFolder"]
+
+StudyFile = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY.yaml", help="the study file")]
+StudyFolder = Annotated[
+    Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR", help="the folder a study was run into")
+]
+Overrides = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(name="set", metavar="PATH=VALUE", help="override a setting, as in seeds=5 or phases.adapt.epochs=2"),
+]

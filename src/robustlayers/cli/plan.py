@@ -1,0 +1,126 @@
+"""`robustlayers plan`: what a study would do: groups, runs, shared phases, cost; trains nothing, writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from robustlayers.cli.arguments import Overrides, StudyFile
+from robustlayers.cli.console import plain_console
+
+__all__ = ["plan"]
+
+
+def plan(
+    study: StudyFile,
+    overrides: Overrides = (),
+    timing: Annotated[bool, tyro.conf.arg(help="measure a few passes to predict the time")] = True,
+) -> int:
+    """Print which tensors each group holds, the runs, the phases they share, and the cost; train nothing."""
+    from rich.table import Table
+
+    from robustlayers.study.definition import load_study
+    from robustlayers.study.describe import describe_plan
+    from robustlayers.study.estimate import estimate_seconds
+    from robustlayers.study.plan import make_plan
+
+    made = make_plan(load_study(Path(study), overrides))
+    facts = describe_plan(made)
+    console = plain_console()
+    console.print(f"[bold]{facts['name']}[/bold]: {facts['question']}", markup=True)
+    for key in ("data", "model", "threat", "training_attack", "selection"):
+        extra = ""
+        if key == "model":
+            share = facts["norm_parameters"] / facts["model_parameters"]
+            extra = f", {facts['model_parameters']:,} parameters, norm layers {share:.3%}"
+        console.print(f"  {key.replace('_', ' '):<16} {facts[key]}{extra}", markup=False, soft_wrap=True)
+    console.print(f"  {'evaluation':<16} {'; '.join(facts['attack_texts'].values())}", markup=False, soft_wrap=True)
+
+    arms = Table(title="arms", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("arm", "run", "phases", "trained", "share", "forward", "backward"):
+        arms.add_column(column, justify="right" if column in ("trained", "share", "forward", "backward") else "left")
+    for arm in facts["arms"]:
+        phases = " > ".join(f"{phase['name']} {phase['epochs']}" for phase in arm["phases"])
+        arms.add_row(
+            arm["name"],
+            arm["run"][:8],
+            phases,
+            f"{arm['trained_parameters']:,}",
+            f"{arm['trained_share']:.3%}",
+            count_text(arm["forward_passes"]),
+            count_text(arm["backward_passes"]),
+        )
+    console.print(arms)
+
+    groups = Table(title="groups of each phase", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("phase", "arms", "group", "signal", "parameters", "buffers", "share", "tensors"):
+        groups.add_column(
+            column, justify="right" if column in ("parameters", "buffers", "share") else "left", overflow="fold"
+        )
+    seen = set()
+    for arm in facts["arms"]:
+        for phase in arm["phases"]:
+            if phase["id"] in seen:
+                continue
+            seen.add(phase["id"])
+            who = ", ".join(made.nodes[phase["id"]].arms)
+            for index, group in enumerate(phase["groups"]):
+                groups.add_row(
+                    phase["name"] if not index else "",
+                    who if not index else "",
+                    group["name"],
+                    group["signal"],
+                    f"{group['parameters']:,}",
+                    f"{group['buffers']:,}",
+                    f"{group['share']:.3%}",
+                    tensors_text(group["tensors"]),
+                )
+    console.print(groups)
+    console.print("norm layers: " + facts["arms"][0]["phases"][-1]["normalization"], markup=False, soft_wrap=True)
+
+    saved = facts["trainings_unshared"] - facts["trainings"]
+    console.print(
+        f"{len(facts['arms'])} arms x {len(facts['seeds'])} seeds: {facts['trainings']} phase trainings"
+        + (f" ({saved} fewer than without sharing)" if saved else "")
+    )
+    total = sum(n.forward_passes + n.backward_passes for n in made.nodes.values()) * len(facts["seeds"])
+    line = f"cost: {count_text(total)} passes of one image"
+    if timing:
+        seconds, how = estimate_seconds(made)
+        line += f", about {duration_text(seconds)} ({how})"
+    console.print(line)
+    return 0
+
+
+def tensors_text(tensors: list[tuple[str, str, float]], most: int = 3) -> str:
+    """Return the first names of a group's tensors, with the share of those that it holds in part."""
+    shown = [name if share == 1 else f"{name} ({share:.1%})" for name, _, share in tensors[:most]]
+    return ", ".join(shown) + (f" and {len(tensors) - most} more" if len(tensors) > most else "")
+
+
+def count_text(value: float) -> str:
+    """Return a large count with a unit.
+
+    >>> count_text(950), count_text(1_234_567)
+    ('950', '1.23 M')
+    """
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as a person says it.
+
+    >>> duration_text(42), duration_text(200), duration_text(7300)
+    ('42 s', '3 min 20 s', '2 h 2 min')
+    """
+    seconds = round(seconds)
+    if seconds < 90:
+        return f"{seconds} s"
+    if seconds < 5400:
+        return f"{seconds // 60} min {seconds % 60} s" if seconds < 600 else f"{round(seconds / 60)} min"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"

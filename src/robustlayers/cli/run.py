@@ -1,0 +1,64 @@
+"""`robustlayers run`: train and measure what is missing, show progress, write the report, print its path."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from robustlayers.cli.arguments import Overrides, StudyFile
+
+__all__ = ["run"]
+
+
+def run(
+    study: StudyFile,
+    overrides: Overrides = (),
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help="where results go; runs/NAME unless given")] = None,
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
+    workers: Annotated[int | None, tyro.conf.arg(help="processes side by side; one for each core unless given")] = None,
+    threads: Annotated[int | None, tyro.conf.arg(help="torch threads of each process")] = None,
+) -> int:
+    """Run a study, or what is left of it; kill it at any moment, the same command goes on and ends with the same bits."""
+    from robustlayers.cli.progress import show
+    from robustlayers.core.errors import UserError
+    from robustlayers.report import write
+    from robustlayers.study.collect import collect
+    from robustlayers.study.definition import load_study
+    from robustlayers.study.plan import make_plan
+    from robustlayers.study.run import run_plan
+    from robustlayers.study.store import Store
+
+    for name, value in (("workers", workers), ("threads", threads)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: {value} is not allowed; allowed: at least 1")
+    loaded = load_study(Path(study), overrides)
+    made = make_plan(loaded)
+    folder = out or Path("runs") / loaded.name
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out: {folder} is a file; name a folder")
+    command = " ".join(
+        ["robustlayers", "run", shlex.quote(str(study)), *(f"--set {shlex.quote(s)}" for s in overrides)]
+    )
+    with show(loaded.name) as display:
+        outcome = run_plan(
+            made,
+            folder,
+            command=command,
+            device=device,
+            workers=workers,
+            threads=threads,
+            on_start=display.start,
+            on_event=display.event,
+        )
+    for key, reason in outcome.diverged.items():
+        print(f"diverged: {display.text(key)}: {reason}", file=sys.stderr)
+    for key, reason in outcome.failed.items():
+        print(f"failed: {display.text(key)}: {reason}", file=sys.stderr)
+    store = Store(folder)
+    page = write(collect(store), store.report)
+    print(f"report: {page}")
+    return 0 if outcome.complete else 1

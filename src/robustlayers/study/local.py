@@ -1,0 +1,193 @@
+"""The local executor: a few worker processes that end with their parent, or the calling process itself."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from robustlayers.core.errors import UserError
+
+__all__ = ["Event", "Task", "execute"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work that a process does by itself: `function(*arguments, report)`; `needs` are keys of tasks that go first."""
+
+    key: str
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+    needs: tuple[str, ...] = ()
+    size: float = 1.0  # what it costs, to start the long ones first
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a task: `started`, `failed` (facts: reason), `done`, or what the task reported."""
+
+    key: str
+    kind: str
+    facts: Mapping[str, Any]
+
+
+OnEvent = Callable[[Event], None]
+
+
+def execute(tasks: list[Task], *, workers: int, threads: int, on_event: OnEvent) -> None:
+    """Run tasks in an order that respects their needs, and call `on_event` with what happens, in this process.
+
+    A task that raises is `failed`, those that need it are never started. With one worker everything runs in the calling
+    process; a worker that dies makes its task `failed`. An exception, such as Ctrl-C, ends all workers at once.
+    """
+    if workers <= 1:
+        _in_process(tasks, threads, on_event)
+    else:
+        _in_workers(tasks, min(workers, len(tasks)), threads, on_event)
+
+
+class _Queue:
+    """Tasks that wait, are ready, or can never be."""
+
+    def __init__(self, tasks: list[Task]) -> None:
+        self.waiting = {task.key: task for task in tasks}
+        self.done: set[str] = set()
+
+    def next(self) -> Task | None:
+        """Return the longest of the tasks that are ready, None if there is none now."""
+        ready = [
+            task
+            for task in self.waiting.values()
+            if not any(need in self.waiting or need not in self.done for need in task.needs)
+        ]
+        if not ready:
+            return None
+        task = max(ready, key=lambda task: task.size)
+        del self.waiting[task.key]
+        return task
+
+    def finish(self, key: str, ok: bool) -> None:
+        """Note the end of a task; if it failed, drop all that need it."""
+        if ok:
+            self.done.add(key)
+            return
+        dropped = {key}
+        while more := {task.key for task in self.waiting.values() if dropped & set(task.needs)} - dropped:
+            dropped |= more
+        for name in dropped:
+            self.waiting.pop(name, None)
+
+
+def _in_process(tasks: list[Task], threads: int, on_event: OnEvent) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    queue = _Queue(tasks)
+    try:
+        while task := queue.next():
+            on_event(Event(task.key, "started", {}))
+            end = _perform(task, on_event)
+            queue.finish(task.key, end.kind == "done")
+            on_event(end)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _perform(task: Task, on_event: OnEvent) -> Event:
+    """Do a task and return how it ended; what it reports goes to `on_event`."""
+    try:
+        task.function(*task.arguments, lambda kind, facts: on_event(Event(task.key, kind, dict(facts))))
+    except UserError as error:
+        return Event(task.key, "failed", {"reason": "; ".join(str(fault) for fault in error.faults)})
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        return Event(task.key, "failed", {"reason": f"{type(error).__name__}: {error}", "trace": trace})
+    return Event(task.key, "done", {})
+
+
+def _in_workers(tasks: list[Task], workers: int, threads: int, on_event: OnEvent) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = _Queue(tasks)
+    pool: dict[Connection, Any] = {}
+    busy: dict[Connection, Task] = {}
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(theirs, threads), daemon=True)
+            process.start()
+            theirs.close()
+            pool[ours] = process
+        idle = list(pool)
+        while True:
+            while idle and (task := queue.next()):
+                connection = idle.pop(0)
+                connection.send(task)
+                busy[connection] = task
+                on_event(Event(task.key, "started", {}))
+            if not busy:
+                return
+            for connection in wait(list(busy)):
+                assert isinstance(connection, Connection)
+                task = busy[connection]
+                try:
+                    event = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    pool[connection].join()
+                    code = pool[connection].exitcode
+                    event = Event(task.key, "failed", {"reason": f"the worker process died (exit code {code})"})
+                    del busy[connection]
+                    del pool[connection]
+                    if not pool:
+                        queue.finish(task.key, False)
+                        on_event(event)
+                        for other in list(queue.waiting.values()):
+                            on_event(Event(other.key, "failed", {"reason": "no worker process is left"}))
+                        return
+                else:
+                    if event.kind in ("done", "failed"):
+                        del busy[connection]
+                        idle.append(connection)
+                if event.kind in ("done", "failed"):
+                    queue.finish(task.key, event.kind == "done")
+                on_event(event)
+    finally:
+        for connection, process in pool.items():
+            if connection in busy:
+                process.kill()
+            else:
+                with suppress(OSError, BrokenPipeError):
+                    connection.send(None)
+        for process in pool.values():
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+
+
+def _worker(connection: Connection, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, OSError):
+            return
+        if task is None:
+            return
+        connection.send(_perform(task, connection.send))
+
+
+def _end_with_parent() -> None:
+    """Die as soon as the parent does, also by SIGKILL: an orphan must not go on writing into the store."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,42 @@
+"""Rows as a table: the columns of `robustlayers rows` and of the report's rows.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from robustlayers.study.summary import Row
+
+__all__ = ["columns", "table"]
+
+_BEFORE = ("study", "arm")
+_AFTER = (
+    "run",
+    "seed",
+    "checkpoint",
+    "metric",
+    "value",
+    "count",
+    "total",
+    "split",
+    "attack",
+    "normalization",
+    "epoch",
+    "flags",
+)
+
+
+def columns(factors: Sequence[str]) -> list[str]:
+    """Return the names of the columns; each factor has one of its own, called `factor:NAME`.
+
+    >>> columns(["group"])[:4]
+    ['study', 'arm', 'factor:group', 'run']
+    """
+    return [*_BEFORE, *(f"factor:{factor}" for factor in factors), *_AFTER]
+
+
+def table(rows: Sequence[Row], factors: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the cells of each row as text; numbers round-trip, what does not apply is empty."""
+    for row in rows:
+        cells = [*(getattr(row, name) for name in _BEFORE), *(row.levels[factor] for factor in factors)]
+        cells += [getattr(row, name) for name in _AFTER]
+        yield ["" if cell is None else repr(cell) if isinstance(cell, float) else str(cell) for cell in cells]

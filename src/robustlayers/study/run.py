@@ -1,0 +1,206 @@
+"""Running a study: what is left to do becomes tasks, finished work is never redone, and the rest of a study goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustlayers.core.device import machine, pick_device, versions
+from robustlayers.core.files import write_json, write_text
+from robustlayers.study.describe import describe_plan
+from robustlayers.study.local import Event, Task, execute
+from robustlayers.study.plan import ArmPlan, PhaseNode, Plan
+from robustlayers.study.semantics import build_attack, data_of
+from robustlayers.study.store import Store
+from robustlayers.study.work import measure_run, train_phase
+
+__all__ = ["Job", "Outcome", "default_workers", "plan_size", "run_plan"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task as a person sees it: what it is about and how much of the study's work it is, in passes of one image."""
+
+    key: str
+    text: str
+    size: float
+    epochs: int = 0
+
+
+@dataclass
+class Outcome:
+    """How a run of a study ended."""
+
+    failed: dict[str, str] = field(default_factory=dict)  # job -> reason
+    diverged: dict[str, str] = field(default_factory=dict)
+    trained: int = 0
+    measured: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every arm and seed has a result or is known to diverge."""
+        return not self.failed
+
+
+def default_workers(plan: Plan, device: torch.device, workers: int | None, threads: int | None) -> tuple[int, int]:
+    """Return (worker processes, torch threads each).
+
+    On a CPU small networks use cores best side by side: as many workers as there are cores or runs. An accelerator gets
+    one worker. Depends on the plan only, not on what is left of it, so that a repeated command computes with the same
+    number of threads.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is None:
+        workers = max(1, min(cores, len(plan.arms) * len(plan.study.seeds))) if device.type == "cpu" else 1
+    if threads is None:
+        threads = max(1, cores // workers)
+    return workers, threads
+
+
+def run_plan(
+    plan: Plan,
+    folder: Path | str,
+    *,
+    command: str = "",
+    device: str = "auto",
+    workers: int | None = None,
+    threads: int | None = None,
+    on_start: Callable[[dict[str, Job], float], None] | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Outcome:
+    """Train and measure all that the store in `folder` does not have yet; return how it ended.
+
+    `on_start(jobs, finished)` gets the jobs that are left and the share of the study's passes that is done already.
+    Raises `UserError` if another process is running a study in the same folder.
+    """
+    store = Store(folder)
+    where = pick_device(device)
+    workers, threads = default_workers(plan, where, workers, threads)
+    with store.locked():
+        facts = describe_plan(plan)
+        record = {**facts, "command": command, "versions": versions(), "machine": _machine(where, workers, threads)}
+        write_text(store.root / "study.yaml", facts["recipe_yaml"])
+        write_json(store.plan, record)
+        tasks, jobs, done, outcome = _tasks(plan, store, where)
+        total = done + sum(job.size for job in jobs.values())
+        if on_start is not None:
+            on_start(jobs, done / total if total else 1.0)
+
+        def note(event: Event) -> None:
+            if event.kind == "failed":
+                outcome.failed[event.key] = event.facts["reason"]
+                _note_failure(plan, store, event)
+            elif event.kind == "done" and event.key.startswith("train"):
+                outcome.trained += 1
+            elif event.kind == "done":
+                outcome.measured += 1
+            if on_event is not None:
+                on_event(event)
+
+        if tasks:
+            execute(tasks, workers=workers, threads=threads, on_event=note)
+        for node in plan.nodes.values():
+            for seed in plan.study.seeds:
+                failure = store.failure(store.phase(node.id, seed))
+                if failure and failure[0] == "diverged":
+                    outcome.diverged[_train_key(node, seed)] = failure[1]
+    return outcome
+
+
+def _machine(device: torch.device, workers: int, threads: int) -> str:
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        text = machine(device).rpartition(",")[0]
+        return f"{text}, {cores} cores, {workers} worker(s) with {threads} torch thread(s) each"
+    return f"{machine(device)}, {workers} worker(s)"
+
+
+def _train_key(node: PhaseNode, seed: int) -> str:
+    return f"train {node.id} {seed}"
+
+
+def _note_failure(plan: Plan, store: Store, event: Event) -> None:
+    kind, key, seed = event.key.split(" ")
+    if kind == "train":
+        store.fail(store.phase(key, int(seed)), "failed", event.facts["reason"])
+
+
+def _tasks(plan: Plan, store: Store, device: torch.device) -> tuple[list[Task], dict[str, Job], float, Outcome]:
+    """Return the tasks that are left, their jobs, the size of what is done, and an outcome to fill."""
+    tasks: list[Task] = []
+    jobs: dict[str, Job] = {}
+    done = 0.0
+    outcome = Outcome()
+    blocked: set[str] = set()
+    pending: set[str] = set()
+
+    def add(task: Task, job: Job) -> None:
+        tasks.append(task)
+        jobs[job.key] = job
+        pending.add(job.key)
+
+    for seed in plan.study.seeds:
+        for node in plan.nodes.values():  # parents stand before children
+            key = _train_key(node, seed)
+            size = _training_size(node)
+            folder = store.phase(node.id, seed)
+            if store.finished(folder):
+                done += size
+                continue
+            failure = store.failure(folder)
+            parent = f"train {node.parent} {seed}"
+            if (failure and failure[0] == "diverged") or parent in blocked:
+                blocked.add(key)  # it would diverge again, bit for bit
+                continue
+            store.forget_failure(folder)
+            needs = (parent,) if parent in pending else ()
+            who = node.arms[0] if len(node.arms) == 1 else f"{len(node.arms)} arms"
+            text = f"{who}, seed {seed}, {node.phase.name}"
+            add(
+                Task(key, train_phase, (store, node, seed, device), needs, size),
+                Job(key, text, size, node.phase.epochs),
+            )
+        for arm in {arm.run: arm for arm in plan.arms}.values():
+            key = f"measure {arm.run} {seed}"
+            last = f"train {arm.nodes[-1]} {seed}"
+            size = _measuring_size(arm)
+            if store.finished(store.result(arm.run, seed)):
+                done += size
+                continue
+            if last in blocked:
+                continue
+            nodes = [plan.nodes[name] for name in arm.nodes]
+            needs = (last,) if last in pending else ()
+            arguments: tuple[Any, ...] = (store, arm.run, nodes, arm.recipe, seed, device)
+            add(Task(key, measure_run, arguments, needs, size), Job(key, f"{arm.name}, seed {seed}, measuring", size))
+    return tasks, jobs, done, outcome
+
+
+def plan_size(plan: Plan) -> float:
+    """Return the size of a whole study in passes of one image, measuring included."""
+    one = sum(_training_size(node) for node in plan.nodes.values())
+    one += sum(_measuring_size(arm) for arm in {arm.run: arm for arm in plan.arms}.values())
+    return one * len(plan.study.seeds)
+
+
+def _training_size(node: PhaseNode) -> float:
+    recipe = node.recipe
+    monitor = build_attack(recipe.evaluate.monitor.attack, recipe.threat)
+    images = 2 * min(recipe.evaluate.monitor.images, node.images) * node.phase.epochs
+    return node.forward_passes + node.backward_passes + images * _passes(monitor)
+
+
+def _measuring_size(arm: ArmPlan) -> float:
+    recipe = arm.recipe
+    test = len(data_of(recipe.data)[3])
+    passes = sum(_passes(build_attack(what, recipe.threat)) for what in recipe.evaluate.attacks)
+    return float(len(recipe.evaluate.checkpoints) * test * passes)
+
+
+def _passes(attack: Any) -> int:
+    return 1 + getattr(attack, "forward_passes", 0) + getattr(attack, "backward_passes", 0)

@@ -1,0 +1,149 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from robustlayers.attacks import L2, Linf
+from robustlayers.core.errors import UserError
+from robustlayers.evaluation import flags
+
+THREAT = Linf(0.15)
+
+
+def names(texts):
+    return [text.partition(":")[0] for text in texts]
+
+
+class Wrapped(nn.Module):
+    """The trained net with something dishonest after its logits or before its input."""
+
+    def __init__(self, net, before=lambda x: x, after=lambda z: z):
+        super().__init__()
+        self.net, self.before, self.after = net, before, after
+
+    def forward(self, x):
+        return self.after(self.net(self.before(x)))
+
+
+@pytest.mark.parametrize("threat", [THREAT, L2(0.6), Linf(0), Linf(1)], ids=str)
+def test_an_honest_model_raises_none(trained, threat):
+    model, x, y = trained
+    assert flags(model, x, y, threat) == []
+    assert flags(copy.deepcopy(model).train(), x / 255, y, threat) == []
+    assert flags(lambda images: model(images), x, y, threat) == []
+
+
+def test_norm_layers_without_running_statistics(trained):
+    model, x, y = copy.deepcopy(trained[0]), *trained[1:]
+    norm = model.body[1]
+    model.body[1] = nn.BatchNorm2d(6, track_running_stats=False)
+    model.body[1].load_state_dict({"weight": norm.weight, "bias": norm.bias})
+    found = flags(model, x, y, THREAT)
+    assert names(found)[:2] == ["batch statistics", "batch dependence"]
+    assert "(body.1)" in found[0]
+
+
+def test_running_statistics_that_exist_are_used_whatever_the_switch_says(trained):
+    model, x, y = copy.deepcopy(trained[0]), *trained[1:]
+    model.body[1].track_running_stats = False
+    assert flags(model, x, y, THREAT) == []
+
+
+def test_a_layer_of_ones_own_that_looks_at_the_batch(trained):
+    model, x, y = trained
+    found = flags(Wrapped(model, before=lambda x: (x - x.mean(0) + x.mean(0).mean()).clamp(0, 1)), x, y, THREAT)
+    assert "batch dependence" in names(found) and "batch statistics" not in names(found)
+
+
+def test_random_outputs(trained):
+    model, x, y = trained
+    found = flags(Wrapped(model, before=lambda x: x + 1e-3 * torch.randn_like(x)), x, y, THREAT)
+    assert names(found)[0] == "random output" and "batch dependence" not in names(found)
+    found = flags(Wrapped(model, after=lambda z: nn.functional.dropout(z, 0.1, training=True)), x, y, THREAT)
+    assert "random output" in names(found)
+
+
+def test_random_outputs_leave_the_global_state_alone(trained):
+    model, x, y = trained
+    before = torch.get_rng_state()
+    flags(Wrapped(model, before=lambda x: x + 1e-3 * torch.randn_like(x)), x, y, THREAT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_vanishing_gradients(trained):
+    model, x, y = trained
+    found = flags(Wrapped(model, after=lambda z: z * 1e4), x, y, THREAT)  # softmax saturates, its gradient is exactly 0
+    assert names(found)[0] == "zero gradient"
+    found = flags(Wrapped(model, before=lambda x: (x * 8).round() / 8), x, y, THREAT)
+    assert "zero gradient" in names(found)
+    assert f"{115} of 120" in found[0]
+
+
+def test_no_gradient_at_all(trained):
+    model, x, y = trained
+    found = flags(Wrapped(model, after=lambda z: z.detach()), x, y, THREAT)
+    assert names(found) == ["no gradient"]
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, with a gradient that points the wrong way."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *slopes):
+        return -slopes[0]
+
+
+def test_gradients_that_mislead(trained):
+    model, x, y = trained
+    found = flags(Wrapped(model, before=Reversed.apply), x, y, Linf(0.3))
+    assert names(found) == ["weaker than noise"]
+
+
+class WrongOnBytes(Wrapped):
+    """Wrong on images whose pixels are multiples of 1/255, right a little beside them."""
+
+    def forward(self, x):
+        logits = self.net(x)
+        bytes_ = ((x * 255 - (x * 255).round()).abs().amax((1, 2, 3)) < 1e-3)[:, None]
+        return torch.where(bytes_, -logits, logits)
+
+
+def test_a_model_that_is_better_under_attack_than_without(trained):
+    model, x, y = trained
+    found = flags(WrongOnBytes(model), x, y, Linf("1/255"))
+    assert names(found) == ["robust above clean"]
+
+
+def test_the_model_is_left_alone_and_the_cost_is_as_documented(trained):
+    model, x, y = copy.deepcopy(trained[0]).train(), *trained[1:]
+    passes = {"forward": 0, "backward": 0}
+
+    class Count(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, inputs):
+            passes["forward"] += len(inputs)
+            return inputs.clone()
+
+        @staticmethod
+        def backward(ctx, *slopes):
+            passes["backward"] += len(slopes[0])
+            return slopes[0]
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags(Wrapped(model, before=Count.apply), x, y, THREAT)
+    assert passes == {"forward": 28 * len(x) + 2, "backward": 11 * len(x)}
+    assert model.training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_mistakes_are_named(trained):
+    model, x, y = trained
+    with pytest.raises(UserError, match="inside the model"):
+        flags(model, x.float(), y, THREAT)
+    with pytest.raises(UserError, match="one integer label"):
+        flags(model, x, y[:3], THREAT)
