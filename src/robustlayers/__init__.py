@@ -1,6 +1,10 @@
 """robustlayers: which layers should learn from adversarial examples, and how are normalization layers treated meanwhile.
 
 Names are loaded on first use, so that `robustlayers --help` answers without importing torch.
+
+>>> import robustlayers as rl
+>>> rl.PGD(rl.Linf("8/255"), steps=10, step_size="2/255").describe()
+'pgd-10, linf 8/255, step 2/255, 1 restart, best iterate'
 """
 
 from __future__ import annotations
@@ -9,24 +13,70 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustlayers import data, models
+    from robustlayers import attacks, data, evaluation, models, normalization, selection, training
+    from robustlayers.attacks import APGD, FGSM, L2, PGD, Linf, Noise, Threat, guard
+    from robustlayers.core.errors import UserError
+    from robustlayers.evaluation import accuracy, correct, flags, interval, worst_case
+    from robustlayers.normalization import NormPolicy, Switch, inference
+    from robustlayers.selection import Inventory, Partition, Selection, select
+    from robustlayers.training import PartialStep, PhaseTrainer, compare, snapshot
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "data": "robustlayers.data",
-    "models": "robustlayers.models",
+_HOMES = {
+    "robustlayers.attacks": ("APGD", "FGSM", "L2", "PGD", "Linf", "Noise", "Threat", "guard"),
+    "robustlayers.core.errors": ("UserError",),
+    "robustlayers.evaluation": ("accuracy", "correct", "flags", "interval", "worst_case"),
+    "robustlayers.normalization": ("NormPolicy", "Switch", "inference"),
+    "robustlayers.selection": ("Inventory", "Partition", "Selection", "select"),
+    "robustlayers.training": ("PartialStep", "PhaseTrainer", "compare", "snapshot"),
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_PACKAGES = ("attacks", "data", "evaluation", "models", "normalization", "selection", "training")
 
-__all__ = ["__version__", "data", "models"]
+__all__ = [
+    "APGD",
+    "FGSM",
+    "L2",
+    "PGD",
+    "Inventory",
+    "Linf",
+    "Noise",
+    "NormPolicy",
+    "PartialStep",
+    "Partition",
+    "PhaseTrainer",
+    "Selection",
+    "Switch",
+    "Threat",
+    "UserError",
+    "__version__",
+    "accuracy",
+    "attacks",
+    "compare",
+    "correct",
+    "data",
+    "evaluation",
+    "flags",
+    "guard",
+    "inference",
+    "interval",
+    "models",
+    "normalization",
+    "select",
+    "selection",
+    "snapshot",
+    "training",
+    "worst_case",
+]
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'robustlayers' has no attribute {name!r}")
-    module = import_module(home)
-    return module if home.rpartition(".")[2] == name else getattr(module, name)
+    if name in _PACKAGES:
+        return import_module(f"robustlayers.{name}")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'robustlayers' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

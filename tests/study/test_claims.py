@@ -162,7 +162,7 @@ def test_what_is_no_accuracy_is_shown_as_a_number() -> None:
 
 
 def test_rounding_of_large_numbers_is_no_spread() -> None:
-    every = [10_000_000 + 7_919 * seed for seed in range(5)]
+    every = [10_000_000 * 3**seed for seed in range(5)]
     table = {
         ("passes", "all", "last"): dict(enumerate(map(float, every))),
         ("passes", "norm", "last"): {seed: 0.3 * passes + 100.3 for seed, passes in enumerate(every)},

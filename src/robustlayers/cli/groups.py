@@ -46,7 +46,10 @@ def groups(
         table.add_column("entries", justify="right")
         if select is not None:
             selection = resolve(inventory, select)
-            table.title = f"{select}: {selection.parameters:,} parameters ({selection.share:.3%}), {selection.buffers:,} buffer entries"
+            counts = (
+                f"{selection.parameters:,} parameters ({selection.share:.3%}), {selection.buffers:,} buffer entries"
+            )
+            table.title = f"{select}: {counts}"
             table.add_column("selected", justify="right")
             for name, shape, _ in selection.describe():
                 table.add_row(

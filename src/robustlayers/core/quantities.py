@@ -50,6 +50,6 @@ def pixels_text(value: float) -> str:
     ('8/255', '0.5/255', '0.3')
     """
     steps = value * 255
-    if abs(steps * 10 - round(steps * 10)) < 1e-6 and not float(f"{value:.3g}") == value:
+    if abs(steps * 10 - round(steps * 10)) < 1e-6 and float(f"{value:.3g}") != value:
         return f"{round(steps * 10) / 10:g}/255"
     return f"{value:.4g}"

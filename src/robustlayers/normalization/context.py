@@ -84,7 +84,7 @@ def _set(
             module.momentum = 0.0
         else:
             saved.append((module, "track_running_stats", module.track_running_stats))
-            module.track_running_stats = False
+            module.track_running_stats = False  # pyright: ignore[reportArgumentType]  # a plain attribute of norm layers
     elif by == "running" and update:
         hooks.append(module.register_forward_hook(_update_after))
 

@@ -156,7 +156,7 @@ def _phase(phase: PhaseLine) -> PhaseContent:
 
 def _provenance(summary: Summary) -> list[tuple[str, str]]:
     return [
-        ("Checkpoint", summary.selection),
+        ("Choice of best", summary.selection),
         ("Seeds", listing(summary.seeds)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in summary.versions.items())),
         ("Machine", summary.machine),

@@ -120,6 +120,7 @@ def seeds(summary: Summary, arm: Arm) -> Table:
     """Return one arm seed by seed: what became of it, and every accuracy at every checkpoint."""
     names = metrics(summary)
     known = sorted({*summary.seeds, *arm.status})
+    epochs = {(row.seed, row.checkpoint): row.epoch for row in summary.rows if row.arm == arm.name}
     blocks = []
     for seed in known:
         word = status(arm, seed)
@@ -133,14 +134,14 @@ def seeds(summary: Summary, arm: Arm) -> Table:
                 head = [Cell(str(seed), rows=len(shown)), Cell(word, arm.reasons.get(seed, ""), None, len(shown), kind)]
                 spent = arm.seconds.get(seed)
                 tail = [Cell(NONE if spent is None else duration(spent), "", spent, len(shown))]
-            epoch = arm.best_epoch.get(seed) if checkpoint == "best" else None
-            if checkpoint == "last" and word == "finished":
-                epoch = sum(phase.epochs for phase in arm.phases)
+            epoch = epochs.get((seed, checkpoint))
+            if epoch is None and checkpoint == "best":
+                epoch = arm.best_epoch.get(seed)
             measured: list[Cell | None] = []
             for metric in names:
                 value = arm.results.get(checkpoint, {}).get(metric, {}).get(seed)
                 used = seed in values(arm, checkpoint, metric)
-                measured.append(Cell(percent(value, 2), "" if used or value is None else "in no mean", value))
+                measured.append(Cell(percent(value, 2), "" if used or value is None else "in no mean"))
             rows.append([*head, Cell(checkpoint), Cell(NONE if epoch is None else str(epoch)), *measured, *tail])
         blocks.append(rows)
     columns = [

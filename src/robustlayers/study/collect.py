@@ -115,9 +115,7 @@ def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: li
             curve = read_json(folder / "curve.json")
             best_epoch[seed] = curve["best_epoch"]
             for point, took in zip(curve["points"], clock["epoch_seconds"], strict=True):
-                points.append(
-                    CurvePoint(**{k: float("nan") if v is None else v for k, v in point.items()}, seconds=took)
-                )
+                points.append(_point(point, took))
             ledger += [
                 LedgerLine(
                     seed=seed,
@@ -173,6 +171,11 @@ def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: li
         curves=curves,
         ledger=ledger,
     )
+
+
+def _point(point: Mapping[str, Any], seconds: float) -> CurvePoint:
+    measured: dict[str, Any] = {key: float("nan") if value is None else value for key, value in point.items()}
+    return CurvePoint(**measured, seconds=seconds)
 
 
 def _notes(plan: Mapping[str, Any], arms: list[Arm], rows: list[Row]) -> list[str]:

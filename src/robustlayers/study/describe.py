@@ -52,12 +52,12 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "model_parameters": everything.parameters,
         "norm_parameters": norms,
         "threat": f"{first.threat.norm} {pixels_text(first.threat.eps)}",
-        "training_attack": training_attack(first.attack, first.threat).describe(),  # type: ignore[attr-defined]
+        "training_attack": training_attack(first.attack, first.threat).describe(),
         "attacks": [label(attack) for attack in attacks],
-        "attack_texts": {label(attack): attack.describe() for attack in attacks},  # type: ignore[attr-defined]
+        "attack_texts": {label(attack): attack.describe() for attack in attacks},
         "checkpoints": list(first.evaluate.checkpoints),
         "selection": f"highest {first.evaluate.monitor.select} validation accuracy after an epoch of the last phase, "
-        f"under {monitor.describe()}",  # type: ignore[attr-defined]
+        f"under {monitor.describe()}",
         "seeds": list(study.seeds),
         "factors": {factor: list(levels) for factor, levels in study.factors.items()},
         "claims": [{"say": say, "that": claim.text} for say, claim in study.claims],
@@ -113,7 +113,7 @@ def _phase(model: Any, node: PhaseNode) -> dict[str, Any]:
         "name": phase.name,
         "id": node.id,
         "epochs": phase.epochs,
-        "attack": attack.describe() if node.adversarial else "",  # type: ignore[attr-defined]
+        "attack": attack.describe() if node.adversarial else "",
         "optimizer": f"{build_optimizer_settings(phase.optimizer)}, {schedule.name} schedule, batch {phase.batch_size}",
         "normalization": str(build_policy(phase.normalization)),
         "forward_passes": node.forward_passes,

@@ -131,10 +131,10 @@ def _node(definition: ArmDefinition, phase: PhaseConfig, parent: str | None, fir
         "phase": {
             **phase.model_dump(mode="json", exclude={"train", "attack"}),
             "groups": groups,
-            "attack": asdict(attack) | {"kind": type(attack).__name__} if adversarial else None,  # type: ignore[call-overload]
+            "attack": asdict(attack) | {"kind": type(attack).__name__} if adversarial else None,
         },
         "monitor": {
-            "attack": asdict(build_attack(monitor.attack, recipe.threat)),  # type: ignore[call-overload]
+            "attack": asdict(build_attack(monitor.attack, recipe.threat)),
             "images": monitor.images,
             "select": monitor.select,
             "batch_size": recipe.evaluate.batch_size,
@@ -173,7 +173,7 @@ def _run(recipe: Recipe, last: str) -> str:
         "trained": last,
         "threat": recipe.threat.model_dump(mode="json"),
         "attacks": [
-            asdict(build_attack(what, recipe.threat)) | {"label": attack_label(what, recipe.threat)}  # type: ignore[call-overload]
+            asdict(build_attack(what, recipe.threat)) | {"label": attack_label(what, recipe.threat)}
             for what in recipe.evaluate.attacks
         ],
         "checkpoints": recipe.evaluate.checkpoints,

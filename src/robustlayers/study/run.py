@@ -14,10 +14,11 @@ from robustlayers.core.device import machine, pick_device, versions
 from robustlayers.core.files import write_json, write_text
 from robustlayers.study.describe import describe_plan
 from robustlayers.study.local import Event, Task, execute
+from robustlayers.study.measure import measure_run
 from robustlayers.study.plan import ArmPlan, PhaseNode, Plan
 from robustlayers.study.semantics import build_attack, data_of
 from robustlayers.study.store import Store
-from robustlayers.study.work import measure_run, train_phase
+from robustlayers.study.work import train_phase
 
 __all__ = ["Job", "Outcome", "default_workers", "plan_size", "run_plan"]
 

@@ -55,19 +55,21 @@ class _Closed(BaseModel):
 class AugmentConfig(_Closed):
     """Random changes of the training images, per image."""
 
-    crop: int = Field(0, ge=0, le=64, description="pixels of zero padding before a random crop; 0 is off")
-    flip: bool = Field(False, description="mirror left and right with probability 1/2")
+    crop: int = Field(default=0, ge=0, le=64, description="pixels of zero padding before a random crop; 0 is off")
+    flip: bool = Field(default=False, description="mirror left and right with probability 1/2")
 
 
 class DataConfig(_Closed):
     """The images: a name that `robustlayers data list` shows, or parquet:FOLDER, idx:FOLDER, npz:FILE."""
 
     name: str
-    validation: Quantity = Field(0.1, ge=0, le=0.9, description="share cut from train, stratified, for every choice")
-    validation_seed: int = Field(0, ge=0, description="of the cut; the same for all seeds of the study")
+    validation: Quantity = Field(
+        default=0.1, ge=0, le=0.9, description="share cut from train, stratified, for every choice"
+    )
+    validation_seed: int = Field(default=0, ge=0, description="of the cut; the same for all seeds of the study")
     augment: AugmentConfig = AugmentConfig()
-    train_images: int | None = Field(None, ge=10, description="use only so many training images, stratified")
-    test_images: int | None = Field(None, ge=10, description="use only so many test images, the first ones")
+    train_images: int | None = Field(default=None, ge=10, description="use only so many training images, stratified")
+    test_images: int | None = Field(default=None, ge=10, description="use only so many test images, the first ones")
 
 
 class ModelConfig(BaseModel):
@@ -108,27 +110,29 @@ class OptimizerConfig(_Closed):
     """One optimizer for the trained groups of a phase."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Quantity = Field(0.1, gt=0)
-    momentum: Quantity = Field(0.9, ge=0, lt=1)
-    weight_decay: Quantity = Field(5e-4, ge=0)
+    lr: Quantity = Field(default=0.1, gt=0)
+    momentum: Quantity = Field(default=0.9, ge=0, lt=1)
+    weight_decay: Quantity = Field(default=5e-4, ge=0)
     nesterov: bool = False
-    betas: list[Quantity] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Quantity] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
 
 
 class ScheduleConfig(_Closed):
     """How the learning rate changes over a phase."""
 
     name: Literal["constant", "cosine", "linear", "one-cycle", "piecewise"] = "constant"
-    milestones: list[Quantity] = Field([0.5, 0.75], description="of piecewise, as fractions of the phase")
-    factor: Quantity = Field(0.1, gt=0, le=1, description="of piecewise")
-    peak: Quantity = Field(0.4, gt=0, lt=1, description="of one-cycle, as a fraction of the phase")
-    warmup: Quantity = Field(0.0, ge=0, lt=1, description="linear rise at the start, as a fraction of the phase")
+    milestones: list[Quantity] = Field(default=[0.5, 0.75], description="of piecewise, as fractions of the phase")
+    factor: Quantity = Field(default=0.1, gt=0, le=1, description="of piecewise")
+    peak: Quantity = Field(default=0.4, gt=0, lt=1, description="of one-cycle, as a fraction of the phase")
+    warmup: Quantity = Field(
+        default=0.0, ge=0, lt=1, description="linear rise at the start, as a fraction of the phase"
+    )
 
 
 class TrainingConfig(_Closed):
     """Settings that every phase shares unless it says otherwise; mappings are merged key by key."""
 
-    batch_size: int = Field(128, ge=2)
+    batch_size: int = Field(default=128, ge=2)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     normalization: NormalizationConfig = NormalizationConfig()
@@ -142,23 +146,25 @@ class PhaseConfig(TrainingConfig):
     train: dict[str, str | dict[str, Quantity]] = Field(
         min_length=1, description="group -> signal; a group is a name from `groups` or a selector"
     )
-    attack: str | Options | None = Field(None, description="of the adversarial pass; the study's unless given")
+    attack: str | Options | None = Field(default=None, description="of the adversarial pass; the study's unless given")
 
 
 class MonitorConfig(_Closed):
     """What is measured after every epoch: the learning curves, and the choice of the best checkpoint."""
 
     attack: str | Options = "pgd-10"
-    images: int = Field(1000, ge=1, description="at most so many of train and of validation")
-    select: Literal["robust", "clean"] = Field("robust", description="validation accuracy that chooses the best epoch")
+    images: int = Field(default=1000, ge=1, description="at most so many of train and of validation")
+    select: Literal["robust", "clean"] = Field(
+        default="robust", description="validation accuracy that chooses the best epoch"
+    )
 
 
 class EvaluateConfig(_Closed):
     """What is measured on the test set, once per reported row."""
 
-    attacks: list[str | Options] = Field(["pgd-20"], min_length=1)
-    checkpoints: list[Literal["best", "last"]] = Field(["best", "last"], min_length=1)
-    batch_size: int = Field(500, ge=1)
+    attacks: list[str | Options] = Field(default=["pgd-20"], min_length=1)
+    checkpoints: list[Literal["best", "last"]] = Field(default=["best", "last"], min_length=1)
+    batch_size: int = Field(default=500, ge=1)
     monitor: MonitorConfig = MonitorConfig()
 
 
@@ -176,7 +182,7 @@ class Recipe(_Closed):
     model: ModelConfig
     threat: ThreatConfig
     attack: str | Options = "pgd-10"
-    groups: dict[Named, str] = Field({}, description="names for selectors")
+    groups: dict[Named, str] = Field(default={}, description="names for selectors")
     training: TrainingConfig = TrainingConfig()
     phases: list[PhaseConfig] = Field(min_length=1)
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -186,9 +192,9 @@ class StudyConfig(Recipe):
     """A recipe x factors x seeds, the question it answers, and its claims."""
 
     question: str = Field(min_length=1)
-    name: Named | None = Field(None, description="the file's name unless given")
+    name: Named | None = Field(default=None, description="the file's name unless given")
     factors: dict[Named, dict[str, dict[str, Any]]] = Field(
-        {}, description="factor -> level -> patch {dotted path: value}"
+        default={}, description="factor -> level -> patch {dotted path: value}"
     )
     seeds: Annotated[int, Field(ge=1, le=1000)] | list[Annotated[int, Field(ge=0)]] = 3
     claims: list[ClaimConfig] = []

@@ -5,9 +5,10 @@ The builders here turn the parts of a recipe into the objects of the lower layer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from robustlayers import attacks, models
 from robustlayers.core.errors import Fault, UserError
@@ -52,12 +53,15 @@ def build_threat(config: ThreatConfig) -> attacks.Threat:
     return attacks.Threat(config.norm, config.eps)
 
 
-def build_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> attacks.Attack:
+NamedAttack = attacks.APGD | attacks.FGSM | attacks.Noise | attacks.PGD
+
+
+def build_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> NamedAttack:
     """Return an attack as measured with: PGD keeps the best iterate."""
-    return attacks.parse(what, build_threat(threat))
+    return cast(NamedAttack, attacks.parse(what, build_threat(threat)))
 
 
-def training_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> attacks.Attack:
+def training_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> NamedAttack:
     """Return an attack as trained with: PGD keeps the last iterate unless told otherwise, which saves a forward."""
     options: dict[str, Any] = {"name": what} if isinstance(what, str) else dict(what)
     attack = build_attack(options, threat)
@@ -121,9 +125,7 @@ def build_model(config: ModelConfig, dataset: Dataset, seed: int) -> Network:
 
 
 @lru_cache(maxsize=4)
-def _model_for_checks(text: str, name: str, options: str) -> Network:
-    import json
-
+def _model_for_checks(name: str, options: str) -> Network:
     return models.build(name, seed=0, **json.loads(options))
 
 
@@ -163,7 +165,7 @@ def recipe_faults(recipe: Recipe, place: Place) -> list[Fault]:
         dataset = load_data(recipe.data.name)
     if dataset is not None:
         with found.at("data"):
-            _, train, validation, _ = data_of(recipe.data)
+            _, _, validation, _ = data_of(recipe.data)
             if "best" in recipe.evaluate.checkpoints and not len(validation):
                 raise UserError("checkpoint 'best' is chosen on validation images: data.validation must be more than 0")
         given = models.check(recipe.model.name, recipe.model.options)
@@ -186,7 +188,7 @@ def _check_fit(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
 
 def _check_phases(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
     options = canonical(model_options(recipe.model, dataset))
-    model = _model_for_checks("", recipe.model.name, options)
+    model = _model_for_checks(recipe.model.name, options)
     for index, phase in enumerate(recipe.phases):
         attack = None
         with found.at("phases", index, "attack"):

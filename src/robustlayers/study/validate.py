@@ -38,7 +38,7 @@ def _faults(kind: type[BaseModel], value: Any, errors: Sequence[Any], place: Pla
     for path in unknown:
         missing = [p[-1] for p, e in by_path.items() if p[:-1] == path[:-1] and e[0]["type"] == "missing"]
         close = nearest(str(path[-1]), [str(name) for name in missing], 1)
-        explained.update(path[:-1] + (name,) for name in close)
+        explained.update((*path[:-1], name) for name in close)
     faults = []
     for path, group in by_path.items():
         if path in explained:
@@ -54,7 +54,9 @@ def _real(error: Any, value: Any) -> Keys:
     parts = error["loc"]
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int) and part < len(value)):
+        if (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
+        ):
             value = value[part]
         elif isinstance(value, dict) and last and error["type"] == "missing":
             value = None
@@ -74,7 +76,7 @@ def _message(kind: type[BaseModel], path: Keys, value: Any, errors: Sequence[Any
             error = deeper[0]
             what, context = error["type"], error.get("ctx", {})
         else:
-            wanted = " or ".join(dict.fromkeys(_TYPES.get(e["type"], e["msg"]) for e in errors))
+            wanted = " or ".join(dict.fromkeys(str(_TYPES.get(e["type"], e["msg"])) for e in errors))
             return f"{_shown(given)} is not allowed; allowed: {wanted}"
     if what == "extra_forbidden":
         return one_of("key", str(path[-1]), _fields(kind, path[:-1]), most=16)
@@ -123,8 +125,8 @@ _BOUNDS = {
 
 
 def _shown(value: Any) -> str:
-    text = {True: "true", False: "false", None: "nothing"}.get(value) if isinstance(value, bool | None) else None
-    text = text or repr(value)
+    text = {True: "true", False: "false", None: "nothing"}.get(value) if isinstance(value, bool | None) else repr(value)
+    text = str(text)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

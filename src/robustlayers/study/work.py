@@ -1,7 +1,4 @@
-"""The two kinds of work of a study: train one phase for one seed, measure one run for one seed. Both are idempotent.
-
-Killed at any moment, a phase goes on after its last finished epoch and ends with the same bits; a measurement starts anew.
-"""
+"""Training one phase for one seed: killed at any moment, it goes on after its last finished epoch, to the same bits."""
 
 from __future__ import annotations
 
@@ -12,12 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustlayers.attacks import label
 from robustlayers.core.files import file_digest, read_json, read_tensors, write_json, write_tensors
 from robustlayers.core.random import stream
-from robustlayers.data import Augment, Images, to_float
-from robustlayers.evaluation import flags, worst_case
-from robustlayers.normalization import inference
+from robustlayers.data import Augment, Images
+from robustlayers.evaluation import worst_case
 from robustlayers.study.plan import PhaseNode
 from robustlayers.study.schema import Recipe
 from robustlayers.study.semantics import (
@@ -26,7 +21,6 @@ from robustlayers.study.semantics import (
     build_optimizer_settings,
     build_policy,
     build_schedule,
-    build_threat,
     data_of,
     phase_groups,
     training_attack,
@@ -34,7 +28,7 @@ from robustlayers.study.semantics import (
 from robustlayers.study.store import Store
 from robustlayers.training import Diverged, PhaseTrainer
 
-__all__ = ["Report", "measure_run", "train_phase"]
+__all__ = ["Report", "train_phase"]
 
 Report = Callable[[str, Mapping[str, Any]], None]
 """`report("batch" | "epoch" | "measured", facts)`"""
@@ -188,99 +182,3 @@ def _part(images: Images, count: int, seed: int) -> Images:
         return images
     order = torch.randperm(len(images), generator=stream(seed, "monitor", len(images)))
     return images.take(order[:count].sort().values)
-
-
-def measure_run(
-    store: Store, run: str, nodes: list[PhaseNode], recipe: Recipe, seed: int, device: torch.device, report: Report
-) -> None:
-    """Measure a trained run on the test set, each checkpoint once, and craft a few pictures, into the store."""
-    folder = store.result(run, seed)
-    began = time.perf_counter()
-    dataset, _, _, test = data_of(recipe.data)
-    attacks = {label(attack): attack for attack in (build_attack(a, recipe.threat) for a in recipe.evaluate.attacks)}
-    last = nodes[-1]
-    trained = store.phase(last.id, seed)
-    curve = read_json(trained / "curve.json")
-    points = {point["epoch"]: point for point in curve["points"]}
-    epochs = {"best": curve["best_epoch"], "last": last.first_epoch + last.phase.epochs}
-    model = build_model(recipe.model, dataset, seed).to(device)
-    test = test.to(device)
-    rows: list[dict[str, Any]] = []
-    verdicts: dict[int, Mapping[str, torch.Tensor]] = {}
-    pictures: dict[str, torch.Tensor] = {}
-    for checkpoint in recipe.evaluate.checkpoints:
-        epoch = epochs[checkpoint]
-        model.load_state_dict(read_tensors(trained / f"{checkpoint}.safetensors"))
-        if epoch not in verdicts:  # best and last may be one and the same: the test set is read once
-            verdicts[epoch] = worst_case(
-                model,
-                test.images,
-                test.labels,
-                attacks,
-                recipe.evaluate.batch_size,
-                seed=seed,
-                progress=lambda name, done, of: report("batch", {"what": name, "done": done, "of": of}),
-            )
-        notes = flags(model, test.images[:100], test.labels[:100], build_threat(recipe.threat))
-        found = verdicts[epoch]
-        for metric in ("clean", *attacks, "robust"):
-            right = found[metric]
-            text = {"clean": "", "robust": "worst case of " + ", ".join(attacks)}.get(metric)
-            rows.append(
-                {
-                    "checkpoint": checkpoint,
-                    "metric": metric,
-                    "value": int(right.sum()) / len(right),
-                    "count": int(right.sum()),
-                    "total": len(right),
-                    "split": "test",
-                    "attack": attacks[metric].describe() if text is None else text,
-                    "normalization": "running",
-                    "epoch": epoch,
-                    "flags": "; ".join(notes),
-                }
-            )
-        for key in ("train_clean", "train_robust", "validation_clean", "validation_robust"):
-            if points[epoch][key] is not None:
-                rows.append(
-                    {
-                        "checkpoint": checkpoint,
-                        "metric": key,
-                        "value": points[epoch][key],
-                        "split": key.partition("_")[0],
-                        "attack": ""
-                        if key.endswith("clean")
-                        else build_attack(recipe.evaluate.monitor.attack, recipe.threat).describe(),
-                        "normalization": "running",
-                        "epoch": epoch,
-                    }
-                )
-        if not pictures:
-            pictures = _pictures(model, test, dataset.classes, next(iter(attacks.values())), seed)
-    write_json(folder / "rows.json", rows)
-    write_tensors(folder / "pictures.safetensors", pictures)
-    write_json(folder / "time.json", {"seconds": time.perf_counter() - began})
-    store.finish(folder, kind="result", id=run, seed=seed)
-    report("measured", {row["metric"]: row["value"] for row in rows if row["checkpoint"] == rows[0]["checkpoint"]})
-
-
-def _pictures(
-    model: nn.Module, test: Images, classes: tuple[str, ...], attack: Any, seed: int, count: int = 8
-) -> dict[str, torch.Tensor]:
-    """Return the first test image of each class, up to `count`, with what the attack makes of it."""
-    chosen = [
-        int((test.labels == label).nonzero()[0]) for label in range(len(classes)) if bool((test.labels == label).any())
-    ]
-    some = test.take(chosen[:count])
-    x = to_float(some.images)
-    with inference(model):
-        x_adv = attack(model, x, some.labels, generator=stream(seed, "pictures"))
-        with torch.no_grad():
-            natural, adversarial = model(x).argmax(1), model(x_adv).argmax(1)
-    return {
-        "natural": x,
-        "labels": some.labels,
-        "adversarial": x_adv,
-        "predicted_natural": natural,
-        "predicted_adversarial": adversarial,
-    }

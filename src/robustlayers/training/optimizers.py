@@ -76,7 +76,9 @@ def build_optimizer(
 def optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """Return the optimizer's state as `{parameter name/slot: tensor}`; numbers become scalars of float64."""
     found: dict[str, Tensor] = {}
-    for group in optimizer.param_groups if optimizer else ():
+    if optimizer is None:
+        return found
+    for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             for slot, value in optimizer.state.get(parameter, {}).items():
                 if value is not None:

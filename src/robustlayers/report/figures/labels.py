@@ -6,38 +6,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 __all__ = ["Box", "place", "width_of"]
+
+_RINGS = (10.0, 16.0, 26.0, 40.0, 58.0)  # pixels between a point and its label
+_TURNS = 16
+_FAR = 2  # from this ring on, a line leads from the label to its point
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in pixels, y upwards; of a label: `anchor` is the point that it names, `far` asks for a line to it."""
+    """A rectangle in pixels, y upwards; of a label, `far` asks for a line to its point, `astray` for more than that."""
 
     x0: float
     y0: float
     x1: float
     y1: float
     far: bool = False
+    astray: bool = False  # another point is about as near as its own
 
     @property
     def center(self) -> tuple[float, float]:
         """The middle of the rectangle."""
         return (self.x0 + self.x1) / 2, (self.y0 + self.y1) / 2
-
-    def overlap(self, other: Box) -> float:
-        """The common area."""
-        wide = min(self.x1, other.x1) - max(self.x0, other.x0)
-        high = min(self.y1, other.y1) - max(self.y0, other.y0)
-        return wide * high if wide > 0 and high > 0 else 0.0
-
-    def outside(self, bounds: Box) -> float:
-        """By how much the rectangle leaves `bounds`, summed over its sides."""
-        return (
-            max(0.0, bounds.x0 - self.x0)
-            + max(0.0, self.x1 - bounds.x1)
-            + max(0.0, bounds.y0 - self.y0)
-            + max(0.0, self.y1 - bounds.y1)
-        )
 
 
 def width_of(text: str, size: float) -> float:
@@ -56,40 +48,59 @@ def place(
     Greedy and deterministic: labels are placed in the order of how crowded their points are, then each is placed anew
     twice with all the others known.
     """
-    near = [
-        sum(1 / (1 + math.dist(here, (box.center)) / 20) for box in obstacles if box.center != here) for here in points
-    ]
-    order = sorted(range(len(points)), key=lambda position: (-near[position], position))
-    placed: dict[int, Box] = {}
+    blocked = np.array([(box.x0, box.y0, box.x1, box.y1) for box in obstacles]).reshape(-1, 4)
+    options = [_options(point, size) for point, size in zip(points, sizes, strict=True)]
+    astray = [_astray(options[position], points, position) for position in range(len(points))]
+    fixed = [_fixed_cost(option, blocked, bounds) for option in options]
+    middle = (blocked[:, :2] + blocked[:, 2:]) / 2
+    crowd = [float((1 / (1 + np.hypot(*(middle - point).T) / 20)).sum()) for point in points]
+    order = sorted(range(len(points)), key=lambda position: (-crowd[position], position))
+    chosen: dict[int, int] = {}
     for _ in range(3):
         for position in order:
-            others = [box for other, box in placed.items() if other != position]
-            placed[position] = min(
-                _candidates(points[position], sizes[position]),
-                key=lambda pair: pair[0] + _cost(pair[1], others, obstacles, bounds),
-            )[1]
-    return [placed[position] for position in range(len(points))]
+            others = np.array([options[other][pick] for other, pick in chosen.items() if other != position])
+            wide, high = sizes[position]
+            clash = _overlap(options[position], others.reshape(-1, 4)).sum(axis=1) / (wide * high)
+            chosen[position] = int(np.argmin(fixed[position] + 25.0 * astray[position] + 400.0 * clash))
+    return [
+        Box(*map(float, options[position][pick]), far=pick >= _FAR * _TURNS, astray=bool(astray[position][pick]))
+        for position, pick in sorted(chosen.items())
+    ]
 
 
-def _candidates(point: tuple[float, float], size: tuple[float, float]) -> list[tuple[float, Box]]:
-    """Boxes around a point with what each costs by itself: nearer is better, then right, above, below, left."""
-    x, y = point
-    wide, high = size
-    found = []
-    for ring, distance in enumerate((10.0, 16.0, 26.0, 40.0, 58.0)):
-        for turn in range(16):
-            angle = turn * math.pi / 8
-            dx, dy = math.cos(angle), math.sin(angle)
-            # The edge of the box that faces the point stands `distance` away from it.
-            left = x + distance * dx - wide / 2 * (1 - dx)
-            bottom = y + distance * dy - high / 2 * (1 - dy)
-            bias = 0.6 * (1 - dx) + 0.2 * (1 - dy)
-            found.append((7.0 * ring + bias, Box(left, bottom, left + wide, bottom + high, far=ring >= 2)))
-    return found
+def _options(point: tuple[float, float], size: tuple[float, float]) -> np.ndarray:
+    """Boxes [rings x turns, 4] around a point; the edge of a box that faces the point stands the ring's radius away."""
+    angle = np.arange(_TURNS) * (2 * math.pi / _TURNS)
+    dx, dy = np.cos(angle), np.sin(angle)
+    reach = np.array(_RINGS)[:, None]
+    left = point[0] + reach * dx - size[0] / 2 * (1 - dx)
+    bottom = point[1] + reach * dy - size[1] / 2 * (1 - dy)
+    return np.stack([left, bottom, left + size[0], bottom + size[1]], axis=-1).reshape(-1, 4)
 
 
-def _cost(box: Box, others: Sequence[Box], obstacles: Sequence[Box], bounds: Box) -> float:
-    area = (box.x1 - box.x0) * (box.y1 - box.y0)
-    cost = 10.0 * box.outside(bounds)
-    cost += sum(400.0 * box.overlap(other) / area for other in others)
-    return cost + sum(30.0 * (box.overlap(one) > 0) + 2.0 * box.overlap(one) for one in obstacles)
+def _astray(boxes: np.ndarray, points: Sequence[tuple[float, float]], own: int) -> np.ndarray:
+    """Whether each box is about as near to another point as to its own, and so would be read as the other's name."""
+    here = np.array(points)
+    nearest = np.clip(here[None], boxes[:, None, :2], boxes[:, None, 2:])
+    away = np.hypot(*np.moveaxis(nearest - here[None], -1, 0))
+    others = np.delete(away, own, axis=1)
+    return others.min(axis=1, initial=np.inf) < away[:, own] + 6.0
+
+
+def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Common areas [boxes, others]."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return np.clip(high - low, 0, None).prod(axis=-1)
+
+
+def _fixed_cost(boxes: np.ndarray, blocked: np.ndarray, bounds: Box) -> np.ndarray:
+    """What each box costs whatever the other labels do: nearer is better, then right, above, below, left."""
+    angle = np.tile(np.arange(_TURNS) * (2 * math.pi / _TURNS), len(_RINGS))
+    cost = 7.0 * np.repeat(np.arange(len(_RINGS)), _TURNS) + 0.6 * (1 - np.cos(angle)) + 0.2 * (1 - np.sin(angle))
+    area = _overlap(boxes, blocked)
+    cost = cost + (30.0 * (area > 0) + 2.0 * area).sum(axis=1)
+    low = np.array([bounds.x0, bounds.y0])
+    high = np.array([bounds.x1, bounds.y1])
+    outside = np.clip(low - boxes[:, :2], 0, None) + np.clip(boxes[:, 2:] - high, 0, None)
+    return cost + 10.0 * outside.sum(axis=1)

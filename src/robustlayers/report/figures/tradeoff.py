@@ -115,9 +115,13 @@ def _draw(
     lost = [arm.name for arm in summary.arms if arm.name not in drawn]
     caption = (
         "How to read: up is more robust, right is more accurate on clean images, so the upper right corner is the best. "
-        "A small mark is one seed, the large one the mean of its arm, the cross its 95% t intervals. "
-        "The dashed line joins the arms that no other arm beats in both (Pareto front of the means)."
     )
+    if len(summary.seeds) > 1:
+        caption += "A small mark is one seed, the large one the mean of its arm, the cross its 95% t intervals."
+    else:
+        caption += "A mark is the one seed of its arm."
+    if len(_front(summary, checkpoint)) > 1:
+        caption += " The dashed line joins the arms that no other arm beats in both (Pareto front of the means)."
     if lost:
         caption += f" Not drawn, since no seed has finished: {listing(lost)}."
     return Drawing(
@@ -182,26 +186,37 @@ def _marks(axes: Axes, summary: Summary, checkpoint: str) -> list[Box]:
 
 
 def _names(axes: Axes, summary: Summary, checkpoint: str, obstacles: list[Box]) -> None:
+    """Write the name of each arm beside its mean; where that stays ambiguous, every name carries the mark of its arm."""
     named = [
-        (style.plain(arm.name, 28), _pixels(axes, 100 * (pair[0].mean or 0.0), 100 * (pair[1].mean or 0.0)))
-        for arm in summary.arms
+        (position, style.plain(arm.name, 28), _pixels(axes, 100 * (pair[0].mean or 0.0), 100 * (pair[1].mean or 0.0)))
+        for position, arm in enumerate(summary.arms)
         if (pair := _pair(arm, checkpoint))
     ]
     size = style.FONT_SIZE
     bounds = Box(_LEFT + 2, _BOTTOM + 2, WIDTH - 4, HEIGHT - 4)
-    boxes = place([at for _, at in named], [(width_of(name, size), size) for name, _ in named], obstacles, bounds)
-    for (name, at), box in zip(named, boxes, strict=True):
+    points = [at for _, _, at in named]
+    boxes = place(points, [(width_of(name, size), size) for _, name, _ in named], obstacles, bounds)
+    lead = 0.0
+    if any(box.astray for box in boxes):
+        lead = size
+        boxes = place(points, [(width_of(name, size) + lead, size) for _, name, _ in named], obstacles, bounds)
+    for (position, name, at), box in zip(named, boxes, strict=True):
         x, y = box.center
-        if box.far:
+        if box.far or box.astray:
             end = (min(max(at[0], box.x0), box.x1), min(max(at[1], box.y0), box.y1))
             axes.annotate(
                 "", end, at, xycoords="figure pixels", textcoords="figure pixels", zorder=2.5,
                 arrowprops={"arrowstyle": "-", "color": style.MUTED, "linewidth": 0.8, "shrinkA": 6, "shrinkB": 0},
             )  # fmt: skip
         # The font of the reader is as a rule narrower than assumed: the text hugs the side that faces the point.
-        side = "left" if box.x0 >= at[0] else "right" if box.x1 <= at[0] else "center"
-        start = {"left": box.x0, "right": box.x1, "center": x}[side]
+        side = "left" if box.x0 >= at[0] or lead else "right" if box.x1 <= at[0] else "center"
+        start = {"left": box.x0 + lead, "right": box.x1, "center": x}[side]
+        if lead:
+            axes.plot(
+                [box.x0 + lead / 2 - 1], [y], transform=None, marker=style.marker(position), markersize=6.5,
+                color=style.color(position), markeredgecolor=style.INK, markeredgewidth=0.7, clip_on=False, zorder=6,
+            )  # fmt: skip
         axes.annotate(
-            name, (start, y), xycoords="figure pixels", ha=side, va="center_baseline", fontsize=size, fontweight="bold",
-            color=style.INK, parse_math=False, zorder=6,
+            name, (start, y), xycoords="figure pixels", ha=side, va="center_baseline", fontsize=size,
+            fontweight="bold", color=style.INK, parse_math=False, zorder=6,
         )  # fmt: skip

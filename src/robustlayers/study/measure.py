@@ -1,0 +1,122 @@
+"""Measuring one trained run for one seed: the test set, read once for each checkpoint, and a few pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlayers.attacks import label
+from robustlayers.core.files import read_json, read_tensors, write_json, write_tensors
+from robustlayers.core.random import stream
+from robustlayers.data import Images, to_float
+from robustlayers.evaluation import flags, worst_case
+from robustlayers.normalization import inference
+from robustlayers.study.plan import PhaseNode
+from robustlayers.study.schema import Recipe
+from robustlayers.study.semantics import NamedAttack, build_attack, build_model, build_threat, data_of
+from robustlayers.study.store import Store
+from robustlayers.study.work import Report
+
+__all__ = ["measure_run"]
+
+_FLAGGED = 100  # test images that the flags look at
+_PICTURES = 8
+
+
+def measure_run(
+    store: Store, run: str, nodes: list[PhaseNode], recipe: Recipe, seed: int, device: torch.device, report: Report
+) -> None:
+    """Measure a trained run on the test set, each checkpoint once, and craft a few pictures, into the store.
+
+    Killed at any moment it starts anew: the draws depend on the seed only, so the numbers are the same.
+    """
+    folder = store.result(run, seed)
+    began = time.perf_counter()
+    dataset, _, _, test = data_of(recipe.data)
+    test = test.to(device)
+    attacks = {label(attack): attack for attack in (build_attack(a, recipe.threat) for a in recipe.evaluate.attacks)}
+    trained = store.phase(nodes[-1].id, seed)
+    curve = read_json(trained / "curve.json")
+    epochs = {"best": curve["best_epoch"], "last": nodes[-1].first_epoch + nodes[-1].phase.epochs}
+    points = {point["epoch"]: point for point in curve["points"]}
+    model = build_model(recipe.model, dataset, seed).to(device)
+    rows: list[dict[str, Any]] = []
+    seen: dict[int, list[dict[str, Any]]] = {}
+    pictures: dict[str, Tensor] = {}
+    for checkpoint in recipe.evaluate.checkpoints:
+        epoch = epochs[checkpoint]
+        if epoch not in seen:  # best and last may be one and the same epoch
+            model.load_state_dict(read_tensors(trained / f"{checkpoint}.safetensors"))
+            verdicts = worst_case(
+                model,
+                test.images,
+                test.labels,
+                attacks,
+                recipe.evaluate.batch_size,
+                seed=seed,
+                progress=lambda name, done, of: report("batch", {"what": name, "done": done, "of": of}),
+            )
+            notes = flags(model, test.images[:_FLAGGED], test.labels[:_FLAGGED], build_threat(recipe.threat))
+            seen[epoch] = _test_rows(verdicts, attacks, "; ".join(notes)) + _curve_rows(recipe, points[epoch])
+            pictures = pictures or _pictures(model, test, len(dataset.classes), next(iter(attacks.values())), seed)
+        rows += [{"checkpoint": checkpoint, "epoch": epoch, "normalization": "running", **row} for row in seen[epoch]]
+    write_json(folder / "rows.json", rows)
+    write_tensors(folder / "pictures.safetensors", pictures)
+    write_json(folder / "time.json", {"seconds": time.perf_counter() - began})
+    store.finish(folder, kind="result", id=run, seed=seed)
+    report("measured", {row["metric"]: row["value"] for row in seen[epochs[recipe.evaluate.checkpoints[0]]]})
+
+
+def _test_rows(verdicts: Mapping[str, Tensor], attacks: Mapping[str, NamedAttack], notes: str) -> list[dict[str, Any]]:
+    texts = {"clean": "", **{name: attack.describe() for name, attack in attacks.items()}}
+    texts["robust"] = "worst case of " + ", ".join(attacks)
+    return [
+        {
+            "metric": metric,
+            "value": int(verdicts[metric].sum()) / len(verdicts[metric]),
+            "count": int(verdicts[metric].sum()),
+            "total": len(verdicts[metric]),
+            "split": "test",
+            "attack": text,
+            "flags": notes,
+        }
+        for metric, text in texts.items()
+    ]
+
+
+def _curve_rows(recipe: Recipe, point: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the accuracies on train and validation after the checkpoint's epoch, as the monitor saw them."""
+    attack = build_attack(recipe.evaluate.monitor.attack, recipe.threat).describe()
+    return [
+        {
+            "metric": f"{split}_{kind}",
+            "value": point[f"{split}_{kind}"],
+            "split": split,
+            "attack": attack if kind == "robust" else "",
+        }
+        for split in ("train", "validation")
+        for kind in ("clean", "robust")
+        if point[f"{split}_{kind}"] is not None
+    ]
+
+
+def _pictures(model: nn.Module, test: Images, classes: int, attack: NamedAttack, seed: int) -> dict[str, Tensor]:
+    """Return the first test image of each of the first classes, with what the attack makes of it."""
+    places = [(test.labels == label).nonzero().flatten() for label in range(classes)]
+    some = test.take([int(place[0]) for place in places if len(place)][:_PICTURES])
+    x = to_float(some.images)
+    with inference(model):
+        x_adv = attack(model, x, some.labels, generator=stream(seed, "pictures"))
+        with torch.no_grad():
+            natural, adversarial = model(x).argmax(1), model(x_adv).argmax(1)
+    return {
+        "natural": x,
+        "labels": some.labels,
+        "adversarial": x_adv,
+        "predicted_natural": natural,
+        "predicted_adversarial": adversarial,
+    }
