@@ -1,3 +1,6 @@
+import copy
+import math
+
 import pytest
 import torch
 
@@ -78,16 +81,71 @@ def test_it_halves_its_steps_to_meet_a_peak_that_long_steps_overshoot(threat):
     assert reached.mean() < 0.1 * overshot.mean()
 
 
-def test_each_image_has_its_own_step_size():
-    """An image that needs short steps and one that does not give the same result alone and together."""
-    x = torch.full((2, 1, 3, 3), 0.5)
-    centre = torch.stack([torch.full((1, 3, 3), 0.53), torch.full((1, 3, 3), 5.0)])
-    y = torch.zeros(2, dtype=torch.long)
-    attack = APGD(Linf(0.2), 50, "margin", random_start=False)
-    together = attack(bowl(centre), x, y)
-    alone = [attack(bowl(centre[i : i + 1]), x[i : i + 1], y[i : i + 1]) for i in range(2)]
-    torch.testing.assert_close(together, torch.cat(alone))
-    torch.testing.assert_close(together[1], torch.full((1, 3, 3), 0.7))
+def reference(forward, x, y, start, threat, steps, loss):
+    """Algorithm 1 of the paper for one image, in plain Python, without batching; the points at which it looks."""
+    eps, alpha, rho = threat.eps, 0.75, 0.75
+
+    def project(point):
+        delta = point - x
+        if threat.norm == "linf":
+            delta = delta.clamp(-eps, eps)
+        elif delta.norm() > eps:
+            delta = delta * eps / delta.norm()
+        return (x + delta).clamp(0, 1)
+
+    def look(point):
+        point = point.clone().requires_grad_()
+        value = LOSSES[loss](forward(point), y)
+        (slope,) = torch.autograd.grad(value.sum(), point)
+        return float(value.detach()), slope.sign() if threat.norm == "linf" else slope / slope.norm()
+
+    fractions = [0.0, 0.22]
+    while fractions[-1] < 1:
+        fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
+    checks = [math.ceil(p * steps - 1e-9) for p in fractions]
+    points, eta = [start], 2 * eps
+    value, slope = look(start)
+    values, best = [value], (value, start, slope)
+    eta_at_check, best_at_check, last_check, halvings = eta, value, 0, 0
+    now, before = start, start
+    for k in range(1, steps + 1):
+        z = project(now + eta * slope)
+        following = z if k == 1 else project(now + alpha * (z - now) + (1 - alpha) * (now - before))
+        before, now = now, following
+        points.append(now)
+        value, slope = look(now)
+        values.append(value)
+        if value > best[0]:
+            best = (value, now, slope)
+        if k in checks and k < steps:
+            rose = sum(values[i + 1] > values[i] for i in range(last_check, k))
+            stuck = eta == eta_at_check and best[0] == best_at_check
+            eta_at_check, best_at_check = eta, best[0]
+            if rose < rho * (k - last_check) or stuck:
+                eta, halvings = eta / 2, halvings + 1
+                values[-1], now, slope = best
+            last_check = k
+    return points, halvings
+
+
+@pytest.mark.parametrize("threat", [Linf(0.15), L2(0.8)], ids=str)
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+def test_every_image_of_a_batch_takes_the_way_of_the_algorithm(trained, threat, loss):
+    model, x, y = copy.deepcopy(trained[0]).double(), trained[1][:6].double(), trained[2][:6]
+    looked = []
+
+    def forward(inputs):
+        looked.append(inputs.detach().clone())
+        return model(inputs)
+
+    APGD(threat, 30, loss)(forward, x, y, generator=generator(2))
+    halvings = set()
+    for i in range(6):
+        one = slice(i, i + 1)
+        points, count = reference(model, x[one], y[one], looked[0][one], threat, 30, loss)
+        halvings.add(count)
+        torch.testing.assert_close(torch.cat(points), torch.cat([batch[one] for batch in looked]), atol=1e-9, rtol=0)
+    assert len(halvings) > 1  # images differ in their step sizes, or the comparison would not show that they may
 
 
 def test_the_last_iterate_counts(linear):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import special
 
+from robustlayers.study import claims
 from robustlayers.study.summary import (
     Arm,
     ClaimResult,
@@ -246,30 +246,31 @@ def build_arm(
     )
 
 
-def judge(say: str, left: Arm, right: Arm, checkpoint: str, claims: int, metric: str = "robust") -> ClaimResult:
-    """The paired t-test over seeds, with Bonferroni in place of Holm: only the look of it matters here."""
-    that = f"{metric}[group={left.name}] > {metric}[group={right.name}]"
-    ours, theirs = (arm.results[checkpoint].get(metric, {}) for arm in (left, right))
-    seeds = [seed for seed in ours if seed in theirs]
-    differences = [ours[seed] - theirs[seed] for seed in seeds]
-    n = len(seeds)
-    mean = sum(differences) / n if n else None
-    if n < 2 or mean is None:
-        reason = f"n = {n}: a test over seeds needs at least two"
-        return ClaimResult(
-            say, that, checkpoint, "undecided", reason, seeds, differences, mean, None, None, None, None
-        )
-    error = math.sqrt(sum((value - mean) ** 2 for value in differences) / (n - 1) / n) or 1e-9
-    half = float(special.stdtrit(n - 1, 0.975)) * error
-    p = min(1.0, 2 * float(special.stdtr(n - 1, -abs(mean / error))))
-    adjusted = min(1.0, p * claims)
-    verdict = "undecided" if adjusted >= 0.05 else "supported" if mean > 0 else "contradicted"
-    reason = (
-        f"difference {100 * mean:+.1f} points, 95% CI {100 * (mean - half):.1f} to {100 * (mean + half):.1f}, "
-        f"p = {adjusted:.2g} (Holm), n = {n}"
-    )
-    low, high = mean - half, mean + half
-    return ClaimResult(say, that, checkpoint, verdict, reason, seeds, differences, mean, low, high, p, adjusted)
+CLAIMS = (
+    ("BatchNorm alone gains robustness", "robust[group=norm] > robust[group=none]"),
+    ("it gains more than as many random weights", "robust[group=norm] > robust[group=random]"),
+    ("leaving BatchNorm out costs robustness", "robust[group=all-but-norm] < robust[group=all]"),
+    ("BatchNorm alone keeps more clean accuracy than the head alone", "clean[group=norm] > clean[group=head]"),
+    ("BatchNorm alone trains fewer parameters", "trained_parameters[group=norm] < trained_parameters[group=all]"),
+)
+
+
+def judge(arms: Sequence[Arm], checkpoints: Sequence[str], factors: Mapping[str, Sequence[str]]) -> list[ClaimResult]:
+    """The claims of which every arm is there, judged as in a real study."""
+    names = [arm.name for arm in arms]
+    wanted = [
+        (say, that) for say, that in CLAIMS if all(f"group={name}]" not in that or name in names for name in ARMS)
+    ]
+
+    def lookup(metric: str, levels: dict[str, str], checkpoint: str) -> dict[int, float]:
+        arm = next(arm for arm in arms if arm.levels == levels)
+        if metric == "trained_parameters":
+            return dict.fromkeys(arm.results[checkpoint].get("clean", {}), float(arm.trained_parameters))
+        return dict(arm.results[checkpoint].get(metric, {}))
+
+    metrics = ["clean", "robust", *ATTACKS, "trained_parameters"]
+    bound = [(say, claims.parse(that).bind(factors, metrics, checkpoints)) for say, that in wanted]
+    return claims.judge(bound, lookup, checkpoints)
 
 
 def garments(channels: int, side: int) -> np.ndarray:
@@ -343,8 +344,10 @@ def make_rows(study: str, arms: Sequence[Arm], texts: dict[str, str]) -> list[Ro
                             epoch=arm.best_epoch[seed] if checkpoint == "best" else epochs,
                         )
                     )
-        for seed in arm.results.get("best", {}).get("clean", {}):
-            rows.append(Row(study, arm.name, arm.levels, arm.run, seed, "", "trained_share", arm.trained_share))
+        rows.extend(
+            Row(study, arm.name, arm.levels, arm.run, seed, "", "trained_share", arm.trained_share)
+            for seed in arm.seconds
+        )
     return rows
 
 
@@ -355,9 +358,9 @@ def make_summary(
     diverged: tuple[str, int] | None = None,
     factors: int = 1,
     channels: int = 1,
-    pictures: bool = True,
-    claims: bool = True,
-    curves: bool = True,
+    with_pictures: bool = True,
+    with_claims: bool = True,
+    with_curves: bool = True,
     checkpoints: Sequence[str] = ("best", "last"),
 ) -> Summary:
     """Return a study: `diverged` names an arm and one of its seeds; with two factors every arm comes in two widths."""
@@ -380,28 +383,14 @@ def make_summary(
                     arms=count,
                     channels=channels,
                     diverged=diverged[1] if diverged and diverged[0] == whole else None,
-                    curves=curves,
+                    curves=with_curves,
                 )
             )
-    built = [
-        replace(arm, results={checkpoint: arm.results[checkpoint] for checkpoint in checkpoints}) for arm in built
-    ]
-    by_name = {arm.name: arm for arm in built}
-    judged: list[ClaimResult] = []
-    if claims and factors == 1:
-        wanted = [
-            ("BatchNorm alone gains robustness", "norm", "none", "robust"),
-            ("it gains more than as many random weights", "norm", "random", "robust"),
-            ("leaving BatchNorm out costs robustness", "all", "all-but-norm", "robust"),
-            ("BatchNorm alone keeps more clean accuracy than the head alone", "norm", "head", "clean"),
-            ("training everything keeps as much clean accuracy as BatchNorm alone", "all", "norm", "clean"),
-        ]
-        judged = [
-            judge(say, by_name[left], by_name[right], checkpoint, len(wanted), metric)
-            for checkpoint in checkpoints
-            for say, left, right, metric in wanted
-            if left in by_name and right in by_name
-        ]
+    built = [replace(arm, results={checkpoint: arm.results[checkpoint] for checkpoint in checkpoints}) for arm in built]
+    named: dict[str, Sequence[str]] = (
+        {"group": tuple(arms)} if factors == 1 else {"group": tuple(arms), "width": ("narrow", "wide")}
+    )
+    judged = judge(built, checkpoints, named) if with_claims and factors == 1 else []
     texts = {
         "pgd-20": "pgd, linf 12/255, 20 steps of 1.5/255, 1 restart, cross-entropy",
         "apgd-ce": "apgd, linf 12/255, 50 steps, 1 restart, cross-entropy",
@@ -427,7 +416,7 @@ def make_summary(
         checkpoints=tuple(checkpoints),
         selection="best: the epoch of the last phase with the highest robust accuracy (pgd-10) on validation.",
         seeds=tuple(seeds),
-        factors={"group": tuple(arms)} if factors == 1 else {"group": tuple(arms), "width": ("narrow", "wide")},
+        factors=named,
         arms=built,
         claims=judged,
         rows=make_rows("bn-adapt", built, texts),
@@ -439,5 +428,5 @@ def make_summary(
         "  - {name: pretrain, epochs: 10, train: {all: natural}}\n"
         "  - {name: adapt, epochs: 5, train: {norm: adversarial, rest: frozen}}\n",
         notes=notes,
-        pictures=make_pictures(built, channels) if pictures else None,
+        pictures=make_pictures(built, channels) if with_pictures else None,
     )

@@ -103,7 +103,7 @@ class Threat:
             delta = torch.randn(x.shape, **options)
             radius = torch.rand(len(x), **options).pow_(1 / max(1, math.prod(x.shape[1:]))).mul_(self.eps)
             delta *= _spread(radius / self.size(delta).clamp_min(_tiny(delta)), delta)
-        return self.project(x + torch.empty_like(x).copy_(delta), x)
+        return self.project(x + delta.to(x.device), x)
 
     def ascend(self, x_adv: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
         """Return `x_adv` after a step of length `step_size` in the direction of steepest ascent for the norm.
@@ -113,7 +113,7 @@ class Threat:
         Nothing is projected.
         """
         if self.norm == "linf":
-            return x_adv + step_size * torch.sign(gradient).nan_to_num_(nan=0.0)
+            return x_adv + step_size * torch.sign(gradient)  # torch's sign of NaN is 0
         # A confident network's gradient may be 1e-30: scaled by its largest entry first, its square does not vanish.
         gradient = gradient.nan_to_num(nan=0.0)
         axes = tuple(range(1, gradient.ndim))

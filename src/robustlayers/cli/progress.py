@@ -56,9 +56,9 @@ class Display:
         elif event.kind in ("done", "failed"):
             self.parts[event.key] = 1.0
         elif event.kind == "epoch":
-            self.parts[event.key] = facts["epoch"] / facts["of"]
+            self.parts[event.key] = facts["done"] / facts["of"]
             self.line(
-                f"{job.text}: epoch {facts['epoch']}/{facts['of']}  loss {facts['train_loss']:.3f}  "
+                f"{job.text}: epoch {facts['done']}/{facts['of']}  loss {facts['train_loss']:.3f}  "
                 f"validation clean {_percent(facts['validation_clean'])} robust {_percent(facts['validation_robust'])}"
                 f"  {self.status()}"
             )

@@ -69,7 +69,7 @@ def one_of(kind: str, word: str, allowed: Iterable[str], most: int = 12) -> str:
     """Return the sentence for an unknown name: what it was, the nearest valid names, or all of them if few.
 
     >>> one_of("model", "resnt", ["resnet", "wide-resnet"])
-    "unknown model 'resnt'; nearest: resnet; allowed: resnet, wide-resnet"
+    "unknown model 'resnt'; nearest: resnet, wide-resnet; allowed: resnet, wide-resnet"
     """
     names = sorted(allowed)
     text = f"unknown {kind} {word!r}"

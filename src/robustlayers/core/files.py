@@ -121,17 +121,17 @@ def verify_manifest(folder: Path, *, digests: bool = False) -> list[Fault]:
     if not path.exists():
         return [Fault("unfinished: no manifest", file=str(folder))]
     try:
-        files = read_json(path)["files"].items()
+        files = [(name, fact["size"], fact["sha256"]) for name, fact in read_json(path)["files"].items()]
     except (UserError, KeyError, TypeError, AttributeError):
         return [Fault("damaged manifest", file=str(path))]
     faults = []
-    for name, fact in files:
+    for name, size, sha256 in files:
         target = folder / name
         if not target.is_file():
             faults.append(Fault("listed in the manifest but missing", file=str(target)))
-        elif target.stat().st_size != fact["size"]:
-            faults.append(Fault(f"{target.stat().st_size} bytes, manifest says {fact['size']}", file=str(target)))
-        elif digests and file_digest(target) != fact["sha256"]:
+        elif target.stat().st_size != size:
+            faults.append(Fault(f"{target.stat().st_size} bytes, manifest says {size}", file=str(target)))
+        elif digests and file_digest(target) != sha256:
             faults.append(Fault("content differs from the manifest's SHA-256", file=str(target)))
     return faults
 

@@ -10,7 +10,10 @@ from robustlayers.core.errors import UserError
 
 __all__ = ["number", "pixels_text"]
 
-_NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?"
+# Bounded, since exact arithmetic on 1e999999999 would take all memory.
+_EXPONENT = r"(?:[eE][+-]?[0-9]{1,4})?"
+_LONGEST = 100
+_NUMBER = rf"[0-9]+(?:\.[0-9]*)?{_EXPONENT}|\.[0-9]+{_EXPONENT}"
 _RATIO = re.compile(rf"^\s*([+-]?(?:{_NUMBER}))\s*(?:/\s*({_NUMBER})\s*)?$")
 
 
@@ -27,17 +30,14 @@ def number(value: float | int | str, what: str = "value") -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise UserError(f"{what}: {value!r} is not a number; write 0.03 or 8/255")
     if isinstance(value, str):
-        match = _RATIO.match(value)
+        match = _RATIO.match(value) if len(value) <= _LONGEST else None
         if match is None:
             raise UserError(f"{what}: {value!r} is not a number; write 0.03 or 8/255")
         bottom = Fraction(match[2]) if match[2] else Fraction(1)
         if bottom == 0:
             raise UserError(f"{what}: {value!r} divides by zero")
-        try:
-            value = float(Fraction(match[1]) / bottom)
-        except OverflowError:
-            value = math.inf
-    value = float(value)
+        value = _float(Fraction(match[1]) / bottom)
+    value = _float(value)
     if not math.isfinite(value):
         raise UserError(f"{what}: {value} is not finite")
     return value
@@ -50,6 +50,13 @@ def pixels_text(value: float) -> str:
     ('8/255', '0.5/255', '0.3')
     """
     steps = value * 255
-    if abs(steps * 10 - round(steps * 10)) < 1e-6 and float(f"{value:.3g}") != value:
+    if round(steps * 10) != 0 and abs(steps * 10 - round(steps * 10)) < 1e-6 and float(f"{value:.3g}") != value:
         return f"{round(steps * 10) / 10:g}/255"
     return f"{value:.4g}"
+
+
+def _float(value: float | Fraction) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

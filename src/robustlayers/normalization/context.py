@@ -1,17 +1,20 @@
 """Contexts that set every norm layer for one pass and put everything back; no class is touched, no mode is lost.
 
 How torch's `_BatchNorm.forward` is steered without changing it: `training` decides between batch and running statistics,
-and `track_running_stats=False` on a training layer makes it normalize by the batch without touching its buffers.
+and `track_running_stats=False` on a training layer makes it normalize by the batch without touching its buffers. A layer
+of another class, of which only its user knows what it does to its buffers, gets copies of them for a pass that may not
+change them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustlayers.selection.inventory import is_norm
 
@@ -20,33 +23,34 @@ __all__ = ["Setting", "inference", "normalizing"]
 Setting = tuple[Literal["batch", "running"], bool]
 """(normalize by, update the running statistics)"""
 
-_INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
-
 
 @contextmanager
-def normalizing(model: nn.Module, settings: Mapping[nn.Module, Setting], *, training: bool) -> Iterator[None]:
+def normalizing(
+    model: nn.Module, settings: Mapping[nn.Module, Setting], *, training: bool, moving: Collection[nn.Module] = ()
+) -> Iterator[None]:
     """Run one pass with each norm layer as `settings` says and all other modules in `training` or evaluation mode.
 
     Norm layers without a setting normalize by running statistics. On exit, also after an exception, every module has the
     mode and every norm layer the attributes it had before. Contexts nest.
+
+    `moving` are norm layers whose running statistics change between this pass and its backward: they normalize by copies.
+    Autograd keeps the statistics of the pass by reference, and torch updates them without telling autograd, so that the
+    gradient would silently be taken at the new ones.
     """
     modules = list(model.modules())
     modes = [module.training for module in modules]
-    saved: list[tuple[nn.Module, str, Any]] = []
-    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    undo: list[Callable[[], object]] = []
     try:
         for module in modules:
             if is_norm(module):
                 by, update = settings.get(module, ("running", False))
-                _set(module, by, update, saved, hooks)
+                _set(module, by, update, undo, moving=module in moving)
             else:
                 module.training = training
         yield
     finally:
-        for handle in hooks:
-            handle.remove()
-        for module, name, value in reversed(saved):
-            setattr(module, name, value)
+        for step in reversed(undo):
+            step()
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
 
@@ -67,34 +71,41 @@ def inference(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _set(
-    module: nn.Module,
-    by: str,
-    update: bool,
-    saved: list[tuple[nn.Module, str, Any]],
-    hooks: list[torch.utils.hooks.RemovableHandle],
-) -> None:
+def _set(module: nn.Module, by: str, update: bool, undo: list[Callable[[], object]], *, moving: bool) -> None:
     module.training = by == "batch"
-    if getattr(module, "running_mean", None) is None:  # no running statistics: nothing to keep still, nothing to update
+    buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    if not buffers:  # no running statistics: nothing to keep still, nothing to update
         return
-    if by == "batch" and not update:
-        if isinstance(module, _INSTANCE_NORMS):
-            # Instance norm hands its buffers on whenever it uses the input's statistics: a momentum of 0 keeps them.
-            saved.append((module, "momentum", module.momentum))
-            module.momentum = 0.0
-        else:
-            saved.append((module, "track_running_stats", module.track_running_stats))
-            module.track_running_stats = False  # pyright: ignore[reportArgumentType]  # a plain attribute of norm layers
-    elif by == "running" and update:
-        hooks.append(module.register_forward_hook(_update_after))
+    if update:
+        if by == "running":
+            undo.append(lambda: module._buffers.update(buffers))
+            undo.append(module.register_forward_pre_hook(lambda *_: _lend_copies(module, buffers)).remove)
+            undo.append(module.register_forward_hook(_updating(buffers), with_kwargs=True).remove)
+        return
+    # Instance norm hands its buffers on whenever it normalizes by the input.
+    known = isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.nn.")
+    if known and by == "batch":
+        undo.append(partial(setattr, module, "track_running_stats", module.track_running_stats))
+        setattr(module, "track_running_stats", False)  # noqa: B010
+    elif moving or not known:
+        undo.append(lambda: module._buffers.update(buffers))
+        _lend_copies(module, buffers)
 
 
-@torch.no_grad()
-def _update_after(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-    """Update the running statistics with the batch's, after the layer has normalized by the old ones."""
-    factor = module.momentum
-    if module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
-        if factor is None:  # cumulative average
-            factor = 1.0 / float(module.num_batches_tracked)
-    torch.nn.functional.batch_norm(inputs[0], module.running_mean, module.running_var, training=True, momentum=factor)
+def _lend_copies(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    module._buffers.update({name: buffer.detach().clone() for name, buffer in buffers.items()})
+
+
+def _updating(buffers: Mapping[str, Tensor]) -> Callable[..., None]:
+    """Return a hook for a layer that has normalized by copies of its running statistics: it updates the real ones."""
+
+    @torch.no_grad()
+    def update(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: object) -> None:
+        module._buffers.update(buffers)
+        module.training = True
+        try:
+            module.forward(*inputs, **named)  # a second forward: each kind of layer knows its own update
+        finally:
+            module.training = False
+
+    return update

@@ -8,10 +8,20 @@ from dataclasses import dataclass
 
 from robustlayers.report.measured import absent, accuracy, broken, primary, values
 from robustlayers.report.statistics import Interval
-from robustlayers.report.wording import count, listing, n_text, p_text, percent, plural, points, share, spread
+from robustlayers.report.wording import (
+    amount,
+    count,
+    listing,
+    percent,
+    plural,
+    points,
+    sentence,
+    share,
+    spread,
+)
 from robustlayers.study.summary import Arm, ClaimResult, Summary
 
-__all__ = ["Answer", "Standing", "Verdict", "answer", "numbers", "quoted"]
+__all__ = ["Answer", "Standing", "Verdict", "answer", "difference", "in_points", "quoted"]
 
 _ORDER = ["supported", "contradicted", "undecided"]
 
@@ -62,19 +72,17 @@ def answer(summary: Summary) -> Answer:
     )
 
 
-def numbers(claim: ClaimResult) -> str:
-    """Return the numbers of a claim as one sentence: mean difference, interval, seeds, p.
+def in_points(claim: ClaimResult) -> bool:
+    """Return whether the differences of a claim are of shares, to be told in percentage points.
 
-    Differences are shares in [0, 1] and are printed in percentage points.
+    Claims may also compare counts, such as parameters; the reason of the judge names the unit.
     """
-    n = len(claim.differences)
-    if claim.mean is None:
-        return f"No difference could be computed: {claim.reason or 'no seed has both sides'}."
-    if n < 2 or claim.low is None or claim.high is None:
-        return f"The difference is {points(claim.mean)} points in {plural(n, 'seed')}: no interval and no test."
-    low, high = points(claim.low), points(claim.high)
-    test = f"Holm-adjusted {p_text(claim.p_adjusted)}" if claim.p_adjusted is not None else p_text(claim.p)
-    return f"Mean difference {points(claim.mean)} points (95% CI {low} to {high}, {n_text(n)} seeds, {test})."
+    return claim.mean is None or " points" in claim.reason
+
+
+def difference(claim: ClaimResult, value: float | None) -> str:
+    """Return a difference of a claim, signed, in percentage points if it is one of shares."""
+    return points(value) if in_points(claim) else amount(value)
 
 
 def _verdicts(summary: Summary, checkpoint: str) -> list[Verdict]:
@@ -94,10 +102,11 @@ def _verdicts(summary: Summary, checkpoint: str) -> list[Verdict]:
         ]
         elsewhere = "; ".join(
             f"checkpoint {other.checkpoint}: {other.verdict}"
-            + (f", {points(other.mean)} points" if other.mean is not None else "")
+            + (f", {difference(other, other.mean)}" if other.mean is not None else "")
+            + (" points" if other.mean is not None and in_points(other) else "")
             for other in others
         )
-        text = numbers(claim)
+        text = sentence(claim.reason)
         if claim.checkpoint != checkpoint:
             text = f"{text} Checkpoint {claim.checkpoint}."
         found.append(Verdict(claim, text, elsewhere))
@@ -143,7 +152,9 @@ def _extremes(standings: list[Standing]) -> str:
     if len(measured) == 1:
         return f"The only arm with results is {quoted(robust.arm)}: {_pair(robust)}."
     if clean is robust:
-        return f"The arm {quoted(robust.arm)} has both the highest robust and the highest clean accuracy: {_pair(robust)}."
+        return (
+            f"The arm {quoted(robust.arm)} has both the highest robust and the highest clean accuracy: {_pair(robust)}."
+        )
     return (
         f"Most robust is the arm {quoted(robust.arm)}: {_pair(robust)}. "
         f"Most accurate on clean images is the arm {quoted(clean.arm)}: {_pair(clean)}."
@@ -167,7 +178,11 @@ def _seeds(summary: Summary, standings: list[Standing]) -> str:
 
 def _setting(summary: Summary, checkpoint: str) -> str:
     where = f"{plural(summary.test_images, 'test image')}, checkpoint {checkpoint}"
-    over = f"means over {plural(len(summary.seeds), 'seed')} with 95% t intervals" if len(summary.seeds) > 1 else "one seed"
+    over = (
+        f"means over {plural(len(summary.seeds), 'seed')} with 95% t intervals"
+        if len(summary.seeds) > 1
+        else "one seed"
+    )
     if not summary.attacks:
         return f"Measured on {where}, {over}."
     under = f"each of {listing(summary.attacks)}" if len(summary.attacks) > 1 else summary.attacks[0]
@@ -184,9 +199,7 @@ def _cautions(summary: Summary, checkpoint: str) -> list[str]:
         if gone:
             left = len(values(arm, checkpoint, "robust") or values(arm, checkpoint, "clean"))
             said = listing(f"seed {seed} {word}" for seed, word in gone.items())
-            rest = (
-                f"its means are over {left} of {len(summary.seeds)} seeds" if left else "it has no numbers to show"
-            )
+            rest = f"its means are over {left} of {len(summary.seeds)} seeds" if left else "it has no numbers to show"
             found.append(f"Arm {quoted(arm)}: {said}; {rest}.")
         found.extend(
             f"Arm {quoted(arm)}: a promise was broken in phase {line.phase}, group {line.group}, seed {line.seed}: "

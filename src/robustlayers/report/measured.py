@@ -35,9 +35,7 @@ def values(arm: Arm, checkpoint: str, metric: str) -> dict[int, float]:
     """Return seed -> value for the seeds that enter a mean."""
     found = arm.results.get(checkpoint, {}).get(metric, {})
     return {
-        seed: value
-        for seed, value in sorted(found.items())
-        if status(arm, seed) == "finished" and math.isfinite(value)
+        seed: value for seed, value in sorted(found.items()) if status(arm, seed) == "finished" and math.isfinite(value)
     }
 
 

@@ -59,9 +59,7 @@ def _asset(name: str) -> str:
 def _variables() -> str:
     light = "".join(f"{name}:{value};" for name, value, _ in VARIABLES.values())
     dark = "".join(f"{name}:{value};" for name, _, value in VARIABLES.values())
-    return (
-        f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
-    )
+    return f":root{{{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""The few statistics that a report needs: mean, standard deviation and t interval over seeds."""
+"""The few statistics that a report needs: mean and t interval over seeds, and which arms no other arm beats."""
 
 from __future__ import annotations
 
@@ -6,53 +6,40 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["LEVEL", "Interval", "interval", "pareto"]
+from robustlayers.study.statistics import t_interval
 
-LEVEL = 0.95
+__all__ = ["Interval", "interval", "pareto"]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` values with its t interval; what cannot be computed from so few values is None."""
+    """A mean over `n` values with its 95% t interval; what cannot be computed from so few values is None.
+
+    The ends are not clipped to [0, 1], so that a wide interval is seen to be wide.
+    """
 
     n: int
     mean: float | None = None
-    sd: float | None = None  # sample standard deviation, n - 1 in the denominator
-    half: float | None = None  # half the width of the interval
+    low: float | None = None
+    high: float | None = None
 
     @property
-    def low(self) -> float | None:
-        """The lower end; not clipped to [0, 1], so that a wide interval is seen to be wide."""
-        return None if self.mean is None or self.half is None else self.mean - self.half
-
-    @property
-    def high(self) -> float | None:
-        """The upper end, not clipped."""
-        return None if self.mean is None or self.half is None else self.mean + self.half
+    def half(self) -> float | None:
+        """Half the width of the interval."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
-def interval(values: Iterable[float], level: float = LEVEL) -> Interval:
-    """Return mean and two-sided t interval of the mean: mean ± t(n - 1) sd / sqrt(n); values that are not finite drop out.
-
-    With one value there is a mean but no interval.
+def interval(values: Iterable[float]) -> Interval:
+    """Return mean and interval; values that are not finite drop out.
 
     >>> found = interval([0.4, 0.5, 0.6])
     >>> found.n, round(found.mean, 3), round(found.half, 4)
     (3, 0.5, 0.2484)
     >>> interval([0.4])
-    Interval(n=1, mean=0.4, sd=None, half=None)
+    Interval(n=1, mean=0.4, low=None, high=None)
     """
     finite = [value for value in values if math.isfinite(value)]
-    n = len(finite)
-    if n == 0:
-        return Interval(0)
-    mean = math.fsum(finite) / n
-    if n == 1:
-        return Interval(1, mean)
-    from scipy.special import stdtrit  # scipy.stats would take a second to import
-
-    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / (n - 1))
-    return Interval(n, mean, sd, float(stdtrit(n - 1, (1 + level) / 2)) * sd / math.sqrt(n))
+    return Interval(len(finite), *t_interval(finite)) if finite else Interval(0)
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[int]:

@@ -10,14 +10,13 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Affine2D
-
-from robustlayers.report.wording import slugs
 
 __all__ = [
     "CLEAN",
@@ -31,7 +30,6 @@ __all__ = [
     "color",
     "drawing",
     "figure",
-    "file_part",
     "marker",
     "marker_path",
     "plain",
@@ -93,11 +91,6 @@ def plain(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
-def file_part(name: str) -> str:
-    """Return the part of a file name that stands for `name`; see `robustlayers.report.wording.slugs`."""
-    return slugs([name])[0]
-
-
 def ticks(low: float, high: float, most: int = 7) -> list[float]:
     """Return round numbers between `low` and `high`, `most` at the most.
 
@@ -111,16 +104,17 @@ def ticks(low: float, high: float, most: int = 7) -> list[float]:
     return []
 
 
-@lru_cache(maxsize=None)
+@cache
 def marker_path(shape: str, size: float = 10.0) -> str:
     """Return a marker as the `d` of an SVG path, centered in a square of `size` units, for legends in text and tables."""
     style = MarkerStyle(shape)
     scale = size * (0.42 if shape in "oshpPX" else 0.48)
     outline = style.get_path().transformed(style.get_transform())
-    reach = abs(outline.vertices).max()
+    reach = float(np.abs(np.asarray(outline.vertices)).max())
     placed = outline.transformed(Affine2D().scale(scale / reach, -scale / reach).translate(size / 2, size / 2))
     return "".join(
-        "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in polygon) + "Z" for polygon in placed.to_polygons(closed_only=True)
+        "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in np.asarray(polygon)) + "Z"
+        for polygon in placed.to_polygons(closed_only=True)
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from robustlayers.report.answer import numbers
+from robustlayers.report.answer import difference, in_points
 from robustlayers.report.measured import accuracy, metrics, primary, status, values
 from robustlayers.report.statistics import Interval
 from robustlayers.report.wording import (
@@ -17,7 +17,7 @@ from robustlayers.report.wording import (
     p_text,
     percent,
     plus_minus,
-    points,
+    sentence,
     share,
 )
 from robustlayers.study.summary import Arm, LedgerLine, PhaseLine, Summary
@@ -132,7 +132,7 @@ def seeds(summary: Summary, arm: Arm) -> Table:
             if position == 0:
                 kind = "" if word == "finished" else "bad"
                 head = [Cell(str(seed), rows=len(shown)), Cell(word, arm.reasons.get(seed, ""), None, len(shown), kind)]
-                spent = arm.seconds.get(seed)
+                spent = arm.seconds.get(seed) or None
                 tail = [Cell(NONE if spent is None else duration(spent), "", spent, len(shown))]
             epoch = epochs.get((seed, checkpoint))
             if epoch is None and checkpoint == "best":
@@ -238,20 +238,27 @@ def claims(summary: Summary) -> Table:
     """Return every claim at every checkpoint: verdict, mean difference, interval, p, the difference of each seed."""
     blocks = []
     for claim in summary.claims:
-        bounds = NONE if claim.low is None or claim.high is None else f"{points(claim.low)} to {points(claim.high)}"
+        bounds = (
+            NONE
+            if claim.low is None or claim.high is None
+            else f"{difference(claim, claim.low)} to {difference(claim, claim.high)}"
+        )
         each = [
-            f"seed {seed}: {points(value)}" for seed, value in zip(claim.seeds, claim.differences, strict=False)
+            f"seed\N{NO-BREAK SPACE}{seed}:\N{NO-BREAK SPACE}{difference(claim, value)}"
+            for seed, value in zip(claim.seeds, claim.differences, strict=True)
         ]
+        # p speaks for the claim only; what speaks against it, or why there is no p, is said in words.
+        why = "" if claim.p is not None and claim.verdict != "contradicted" else sentence(claim.reason)
         blocks.append(
             [
                 [
                     Cell(claim.say, claim.that),
                     Cell(claim.checkpoint),
-                    Cell(claim.verdict, "" if claim.mean is not None else numbers(claim), kind="verdict"),
-                    Cell(points(claim.mean), "", claim.mean),
+                    Cell(claim.verdict, kind="verdict"),
+                    Cell(difference(claim, claim.mean), "" if in_points(claim) else "not in points", claim.mean),
                     Cell(bounds, "", claim.low),
                     Cell(_p(claim.p_adjusted), "" if claim.p is None else f"raw {_p(claim.p)}", claim.p_adjusted),
-                    Cell("; ".join(each) or NONE, ""),
+                    Cell("; ".join(each) or NONE, why),
                 ]
             ]
         )
@@ -265,8 +272,9 @@ def claims(summary: Summary) -> Table:
         Column("Per seed"),
     ]
     caption = (
-        "Differences are paired by seed, left side minus right side, in percentage points; a positive one speaks for the "
-        "claim. p is corrected for the number of claims by Holm's method."
+        "Differences are paired by seed, in percentage points, and turned so that a positive one speaks for the claim. p is "
+        "how likely a mean difference at least as favorable is if the true one is zero, corrected for the number of claims "
+        "by Holm's method, with the uncorrected one below."
     )
     return Table("claims", caption, columns, blocks, sortable=True)
 

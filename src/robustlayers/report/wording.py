@@ -10,6 +10,7 @@ from robustlayers.report.statistics import Interval
 
 __all__ = [
     "NONE",
+    "amount",
     "compact",
     "count",
     "duration",
@@ -20,6 +21,7 @@ __all__ = [
     "plural",
     "plus_minus",
     "points",
+    "sentence",
     "share",
     "slugs",
     "spread",
@@ -68,10 +70,21 @@ def points(value: float | None, sign: bool = True) -> str:
     return f"+{text}" if sign and not text.startswith(_MINUS) and float(text) > 0 else text
 
 
+def amount(value: float | None) -> str:
+    """Return a difference of anything but shares, signed.
+
+    >>> amount(-74522.0), amount(0.125), amount(None)
+    ('−74,522', '+0.125', '–')
+    """
+    if value is None or not math.isfinite(value):
+        return NONE
+    return _signed(f"{value:+,.0f}" if value == round(value) else f"{value:+,.4g}") if value else "0"
+
+
 def plus_minus(found: Interval) -> str:
     """Return mean and half width of the interval of a share, in percent.
 
-    >>> plus_minus(Interval(3, 0.5, 0.1, 0.25)), plus_minus(Interval(1, 0.5)), plus_minus(Interval(0))
+    >>> plus_minus(Interval(3, 0.5, 0.25, 0.75)), plus_minus(Interval(1, 0.5)), plus_minus(Interval(0))
     ('50.0% ± 25.0', '50.0%', '–')
     """
     return percent(found.mean) if found.half is None else f"{percent(found.mean)} ± {100 * found.half:.1f}"
@@ -80,7 +93,7 @@ def plus_minus(found: Interval) -> str:
 def spread(found: Interval) -> str:
     """Return the sentence part for a share over seeds: mean, interval, number of seeds.
 
-    >>> spread(Interval(3, 0.5, 0.1, 0.25)).replace("\N{NO-BREAK SPACE}", " ")
+    >>> spread(Interval(3, 0.5, 0.25, 0.75)).replace("\N{NO-BREAK SPACE}", " ")
     '50.0% (95% CI 25.0 to 75.0, n = 3)'
     >>> spread(Interval(1, 0.5)), spread(Interval(0))
     ('50.0% (one seed, no interval)', 'not measured')
@@ -127,7 +140,7 @@ def duration(seconds: float) -> str:
     """Return a time in the two largest units that matter.
 
     >>> duration(4.24), duration(65), duration(7380), duration(200_000)
-    ('4.2 s', '1 min 5 s', '2 h 3 min', '2 d 8 h')
+    ('4.2 s', '1 min 5 s', '2 h 3 min', '2 d 7 h')
     """
     if seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -168,6 +181,17 @@ def listing(words: Iterable[object]) -> str:
     """
     texts = [str(word) for word in words]
     return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
+
+
+def sentence(text: str) -> str:
+    """Return a part of a sentence as a whole one, typeset: no line breaks within `n = 3`, real minus signs.
+
+    >>> sentence("difference -1.5 points, n = 3").replace("\N{NO-BREAK SPACE}", "_")
+    'Difference −1.5 points, n_=_3.'
+    """
+    text = re.sub(r"\b([np]) ([=<]) (?=\d)", "\\1\N{NO-BREAK SPACE}\\2\N{NO-BREAK SPACE}", " ".join(text.split()))
+    text = re.sub(r"(?<![\w-])-(?=\d)", _MINUS, text)
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
 
 
 def slugs(names: Sequence[str]) -> list[str]:

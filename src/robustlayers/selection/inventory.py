@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -46,11 +46,17 @@ class Entry:
     module: nn.Module
     attribute: str  # "weight", "running_mean", ...
     aliases: tuple[str, ...] = ()  # further names of the same tensor: tied parameters, modules used twice
+    sharers: tuple[nn.Module, ...] = ()  # further modules that own the same tensor
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names under which `state_dict()` lists this tensor."""
         return (self.name, *self.aliases)
+
+    @property
+    def owners(self) -> tuple[nn.Module, ...]:
+        """All modules that own this tensor: several where it is tied."""
+        return (self.module, *self.sharers)
 
     @property
     def size(self) -> int:
@@ -68,9 +74,8 @@ class Inventory:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        saved = {name for name in model.state_dict() if not name.endswith("_extra_state")}
-        first: dict[int, Entry] = {}
-        aliases: dict[int, list[str]] = {}
+        saved = set(model.state_dict())
+        found: dict[int, Entry] = {}
         # remove_duplicate=False also walks the second name of a module that is used twice.
         for module_name, module in model.named_modules(remove_duplicate=False):
             prefix = f"{module_name}." if module_name else ""
@@ -80,24 +85,13 @@ class Inventory:
                 name = prefix + attribute
                 if tensor is None or name not in saved:  # absent, or a buffer that is not saved
                     continue
-                if id(tensor) in first:
-                    aliases[id(tensor)].append(name)
+                entry = found.get(id(tensor))
+                if entry is None:
+                    found[id(tensor)] = Entry(name, tensor, buffer, module_name, module, attribute)
                 else:
-                    first[id(tensor)] = Entry(name, tensor, buffer, module_name, module, attribute)
-                    aliases[id(tensor)] = []
-        self.entries: dict[str, Entry] = {}
-        for key, entry in first.items():
-            if aliases[key]:
-                entry = Entry(
-                    entry.name,
-                    entry.tensor,
-                    entry.buffer,
-                    entry.module_name,
-                    entry.module,
-                    entry.attribute,
-                    tuple(aliases[key]),
-                )
-            self.entries[entry.name] = entry
+                    sharers = entry.sharers if module in entry.owners else (*entry.sharers, module)
+                    found[id(tensor)] = replace(entry, aliases=(*entry.aliases, name), sharers=sharers)
+        self.entries: dict[str, Entry] = {entry.name: entry for entry in found.values()}
         self.canonical: dict[str, str] = {name: entry.name for entry in self for name in entry.names}
 
     def __iter__(self) -> Iterator[Entry]:

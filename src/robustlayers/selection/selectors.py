@@ -45,7 +45,8 @@ def resolve(inventory: Inventory, selector: str) -> Selection:
 
 def _by_module(test: Callable[[nn.Module], bool]) -> Callable[[Inventory], Selection]:
     def pick(inventory: Inventory) -> Selection:
-        return Selection(inventory, [entry.name for entry in inventory if test(entry.module)])
+        # A tied tensor belongs to every module that holds it.
+        return Selection(inventory, [entry.name for entry in inventory if any(map(test, entry.owners))])
 
     return pick
 
@@ -91,7 +92,7 @@ _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
 def _is_statistics(entry: Entry) -> bool:
-    return entry.buffer and (entry.attribute in _STATISTICS or is_norm(entry.module))
+    return entry.buffer and (entry.attribute in _STATISTICS or any(map(is_norm, entry.owners)))
 
 
 # `norm.weight` and the like: a part of the tensors that a keyword picks.
@@ -185,10 +186,10 @@ def _type(arguments: _Arguments) -> Selection:
     names = [
         entry.name
         for entry in arguments.inventory
-        if any(parent.__name__ == node.text for parent in type(entry.module).__mro__)
+        if any(parent.__name__ == node.text for owner in entry.owners for parent in type(owner).__mro__)
     ]
     if not names:
-        classes = {type(entry.module).__name__ for entry in arguments.inventory}
+        classes = {type(owner).__name__ for entry in arguments.inventory for owner in entry.owners}
         raise UserError(one_of("module type", node.text, classes))
     return Selection(arguments.inventory, names)
 

@@ -56,8 +56,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "attacks": [label(attack) for attack in attacks],
         "attack_texts": {label(attack): attack.describe() for attack in attacks},
         "checkpoints": list(first.evaluate.checkpoints),
-        "selection": f"highest {first.evaluate.monitor.select} validation accuracy after an epoch of the last phase, "
-        f"under {monitor.describe()}",
+        "selection": _selection(first.evaluate.monitor.select, monitor.describe()),
         "seeds": list(study.seeds),
         "factors": {factor: list(levels) for factor, levels in study.factors.items()},
         "claims": [{"say": say, "that": claim.text} for say, claim in study.claims],
@@ -66,6 +65,15 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "trainings": plan.trainings,
         "trainings_unshared": plan.trainings_unshared,
     }
+
+
+def _selection(select: str, attack: str) -> str:
+    which = {
+        "auto": "robust validation accuracy (clean, where the last phase trains naturally)",
+        "robust": "robust validation accuracy",
+        "clean": "clean validation accuracy",
+    }[select]
+    return f"the epoch of the last phase with the highest {which}, under {attack}"
 
 
 def _model_text(recipe: Recipe) -> str:

@@ -49,6 +49,11 @@ class PhaseNode:
         """Whether any group learns from an adversarial pass."""
         return _needs_attack(self.phase)
 
+    @property
+    def select(self) -> str:
+        """The validation accuracy that chooses the best epoch: `robust` or `clean`."""
+        return _select(self.recipe, self.phase)
+
 
 @dataclass(frozen=True)
 class ArmPlan:
@@ -116,6 +121,12 @@ def _needs_attack(phase: PhaseConfig) -> bool:
     return any("adversarial" in OBJECTIVES[name].passes for name in objectives)
 
 
+def _select(recipe: Recipe, phase: PhaseConfig) -> str:
+    """Natural training is chosen by what it trains for: by robust accuracy its best epoch would be its worst one."""
+    chosen = recipe.evaluate.monitor.select
+    return chosen if chosen != "auto" else "robust" if _needs_attack(phase) else "clean"
+
+
 def _node(definition: ArmDefinition, phase: PhaseConfig, parent: str | None, first_epoch: int) -> PhaseNode:
     recipe = definition.recipe
     adversarial = _needs_attack(phase)
@@ -136,7 +147,7 @@ def _node(definition: ArmDefinition, phase: PhaseConfig, parent: str | None, fir
         "monitor": {
             "attack": asdict(build_attack(monitor.attack, recipe.threat)),
             "images": monitor.images,
-            "select": monitor.select,
+            "select": _select(recipe, phase),
             "batch_size": recipe.evaluate.batch_size,
         },
     }

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from robustlayers.core.errors import UserError
 from robustlayers.core.quantities import number
+from robustlayers.study.validate import shown
 
 __all__ = [
     "ClaimConfig",
@@ -31,6 +32,8 @@ __all__ = [
 
 
 def _number(value: Any) -> float:
+    if not isinstance(value, int | float | str) or isinstance(value, bool):
+        raise ValueError(f"{'empty' if value is None else shown(value)} is not a number; write 0.03 or 8/255")
     try:
         return number(value)
     except UserError as error:
@@ -43,9 +46,20 @@ def _identifier(text: str) -> str:
     return text
 
 
+def _folder(text: str) -> str:
+    if "/" in text or "\\" in text:
+        raise ValueError("names the folder of the results, so it must not contain slashes")
+    return text
+
+
+def _patch(value: Any) -> Any:
+    return {} if value is None else value  # a level with nothing after its colon changes nothing
+
+
 Quantity = Annotated[float, BeforeValidator(_number)]
 Named = Annotated[str, AfterValidator(_identifier)]
 Options = dict[str, Any]
+Patch = Annotated[dict[str, Any], BeforeValidator(_patch)]
 
 
 class _Closed(BaseModel):
@@ -114,14 +128,22 @@ class OptimizerConfig(_Closed):
     momentum: Quantity = Field(default=0.9, ge=0, lt=1)
     weight_decay: Quantity = Field(default=5e-4, ge=0)
     nesterov: bool = False
-    betas: list[Quantity] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[Quantity, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+
+    @model_validator(mode="after")
+    def _fits(self) -> OptimizerConfig:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum of more than 0")
+        return self
 
 
 class ScheduleConfig(_Closed):
     """How the learning rate changes over a phase."""
 
     name: Literal["constant", "cosine", "linear", "one-cycle", "piecewise"] = "constant"
-    milestones: list[Quantity] = Field(default=[0.5, 0.75], description="of piecewise, as fractions of the phase")
+    milestones: list[Annotated[Quantity, Field(gt=0, lt=1)]] = Field(
+        default=[0.5, 0.75], description="of piecewise, as fractions of the phase"
+    )
     factor: Quantity = Field(default=0.1, gt=0, le=1, description="of piecewise")
     peak: Quantity = Field(default=0.4, gt=0, lt=1, description="of one-cycle, as a fraction of the phase")
     warmup: Quantity = Field(
@@ -154,8 +176,8 @@ class MonitorConfig(_Closed):
 
     attack: str | Options = "pgd-10"
     images: int = Field(default=1000, ge=1, description="at most so many of train and of validation")
-    select: Literal["robust", "clean"] = Field(
-        default="robust", description="validation accuracy that chooses the best epoch"
+    select: Literal["auto", "robust", "clean"] = Field(
+        default="auto", description="validation accuracy that chooses the best epoch; auto: what the phase trains for"
     )
 
 
@@ -192,8 +214,10 @@ class StudyConfig(Recipe):
     """A recipe x factors x seeds, the question it answers, and its claims."""
 
     question: str = Field(min_length=1)
-    name: Named | None = Field(default=None, description="the file's name unless given")
-    factors: dict[Named, dict[str, dict[str, Any]]] = Field(
+    name: Annotated[Named, AfterValidator(_folder)] | None = Field(
+        default=None, description="the file's name unless given"
+    )
+    factors: dict[Named, dict[str, Patch]] = Field(
         default={}, description="factor -> level -> patch {dotted path: value}"
     )
     seeds: Annotated[int, Field(ge=1, le=1000)] | list[Annotated[int, Field(ge=0)]] = 3

@@ -137,19 +137,50 @@ def phase_groups(recipe: Recipe, phase: PhaseConfig) -> dict[str, str]:
 def recipe_faults(recipe: Recipe, place: Place) -> list[Fault]:
     """Return what is wrong with a recipe that fits the schema: every fault at the place where it was written."""
     found = _Faults(place)
-    with found.at("threat"):
-        build_threat(recipe.threat)
-    with found.at("attack"):
+    if recipe.threat.norm == "linf" and recipe.threat.eps > 1:
+        text = f"{recipe.threat.eps:g} is not allowed; allowed: at most 1, in pixel units of [0, 1]; write 8/255"
+        found.add(text, "threat", "eps")
+    _check_attacks(recipe, found)
+    _check_names(recipe, found)
+    if not any(phase.epochs for phase in recipe.phases):
+        found.add("no phase has an epoch: nothing would be trained", "phases")
+    for index, phase in enumerate(recipe.phases):
+        for group, signal in phase.train.items():
+            with found.at("phases", index, "train", group):
+                parse_signal(signal)
+    dataset = None
+    with found.at("data", "name"):
+        dataset = load_data(recipe.data.name)
+    wrong = models.check(recipe.model.name, recipe.model.options)
+    for fault in wrong:
+        found.add(fault.message, "model", *((fault.path,) if fault.path else ()))
+    if dataset is not None:
+        _check_data(recipe, dataset, found)
+    if dataset is not None and not wrong and _fits(recipe, dataset, found):
+        _check_groups(recipe, dataset, found)
+    return found.faults
+
+
+def _check_attacks(recipe: Recipe, found: _Faults) -> None:
+    with found.at_option(recipe.attack, "attack"):
         training_attack(recipe.attack, recipe.threat)
-    with found.at("evaluate", "monitor", "attack"):
-        build_attack(recipe.evaluate.monitor.attack, recipe.threat)
-    labels: dict[str, int] = {}
+    for index, phase in enumerate(recipe.phases):
+        if phase.attack is not None:
+            with found.at_option(phase.attack, "phases", index, "attack"):
+                training_attack(phase.attack, recipe.threat)
+    monitor = recipe.evaluate.monitor
+    with found.at_option(monitor.attack, "evaluate", "monitor", "attack"):
+        build_attack(monitor.attack, recipe.threat)
+    labels: set[str] = set()
     for index, what in enumerate(recipe.evaluate.attacks):
-        with found.at("evaluate", "attacks", index):
+        with found.at_option(what, "evaluate", "attacks", index):
             label = attack_label(what, recipe.threat)
             if label in labels:
                 raise UserError(f"{label} stands there twice; rows could not tell them apart")
-            labels[label] = index
+            labels.add(label)
+
+
+def _check_names(recipe: Recipe, found: _Faults) -> None:
     if len(set(recipe.evaluate.checkpoints)) < len(recipe.evaluate.checkpoints):
         found.add("a checkpoint stands there twice", "evaluate", "checkpoints")
     names = [phase.name for phase in recipe.phases]
@@ -158,55 +189,62 @@ def recipe_faults(recipe: Recipe, place: Place) -> list[Fault]:
             found.add(f"two phases are called {name!r}", "phases", index, "name")
         if name.isdigit():
             found.add("a phase's name must not be a number, which would name a position", "phases", index, "name")
-    if not any(phase.epochs for phase in recipe.phases):
-        found.add("no phase has an epoch: nothing would be trained", "phases")
-    dataset = None
-    with found.at("data", "name"):
-        dataset = load_data(recipe.data.name)
-    if dataset is not None:
-        with found.at("data"):
-            _, _, validation, _ = data_of(recipe.data)
-            if "best" in recipe.evaluate.checkpoints and not len(validation):
-                raise UserError("checkpoint 'best' is chosen on validation images: data.validation must be more than 0")
-        given = models.check(recipe.model.name, recipe.model.options)
-        for fault in given:
-            found.add(fault.message, "model", *((fault.path,) if fault.path else ()))
-        if not given:
-            _check_fit(recipe, dataset, found)
-            if not found.faults:
-                _check_phases(recipe, dataset, found)
-    return found.faults
 
 
-def _check_fit(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
+def _check_data(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
+    config = recipe.data
+    if "best" in recipe.evaluate.checkpoints and not config.validation:
+        text = "0 leaves no validation images, which choose the checkpoint 'best'; write 0.1, or leave 'best' out"
+        found.add(text, "data", "validation")
+    available = len(dataset.train)
+    with found.at("data", "validation"):
+        available = len(split(dataset.train, config.validation, config.validation_seed)[0])
+    for key, what, wanted, most in (
+        ("train_images", "training", config.train_images, available),
+        ("test_images", "test", config.test_images, len(dataset.test)),
+    ):
+        if wanted is not None and wanted > most:
+            found.add(f"{wanted} is more than the {most} {what} images of {config.name}", "data", key)
+    height, width = dataset.train.shape[1:]
+    if config.augment.crop >= min(height, width):
+        text = f"{config.augment.crop} is too large for images of {height}x{width}; allowed: less than {min(height, width)}"
+        found.add(text, "data", "augment", "crop")
+
+
+def _fits(recipe: Recipe, dataset: Dataset, found: _Faults) -> bool:
+    """Note the options of the model that do not fit the data; return whether all do."""
     facts = {"channels": dataset.train.images.shape[1], "classes": len(dataset.classes)}
+    fits = True
     for option, fact in facts.items():
         own = recipe.model.options.get(option)
         if own is not None and own != fact:
             found.add(f"{own} does not fit {recipe.data.name}, which has {fact}", "model", option)
+            fits = False
+    for fault in () if not fits else models.check(recipe.model.name, {**facts, **recipe.model.options}):
+        found.add(fault.message, "model", *((fault.path,) if fault.path else ()))
+        fits = False
+    return fits
 
 
-def _check_phases(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
-    options = canonical(model_options(recipe.model, dataset))
-    model = _model_for_checks(recipe.model.name, options)
+def _check_groups(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
+    model = _model_for_checks(recipe.model.name, canonical(model_options(recipe.model, dataset)))
+    attack = build_attack("fgsm", recipe.threat)  # of no matter here: whether the phase's own can be built is known
     for index, phase in enumerate(recipe.phases):
-        attack = None
-        with found.at("phases", index, "attack"):
-            attack = training_attack(phase.attack or recipe.attack, recipe.threat)
-        broken = len(found.faults)
-        for group, signal in phase.train.items():
-            with found.at("phases", index, "train", group):
-                parse_signal(signal)
-        if len(found.faults) > broken or attack is None:
-            continue
         try:
             partition = Partition(model, phase_groups(recipe, phase))
+            for signal in phase.train.values():
+                parse_signal(signal)
+        except UserError as error:
+            for fault in error.faults:
+                if fault.path:  # of a group; the others are known faults of signals
+                    found.add(fault.message, "phases", index, "train", fault.path)
+                elif fault.message.startswith("groups"):
+                    found.add(fault.message, "phases", index, "train")
+            continue
+        with found.at("phases", index, "train"):
             PartialStep(
                 model, partition, phase.train, optimizer=None, attack=attack, policy=build_policy(phase.normalization)
             )
-        except UserError as error:
-            for fault in error.faults:
-                found.add(fault.message, "phases", index, "train", *((fault.path,) if fault.path else ()))
 
 
 class _Faults:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from robustlayers.core.errors import Fault, UserError, nearest, one_of
 from robustlayers.study.yaml import path_text
 
-__all__ = ["Place", "validate"]
+__all__ = ["Keys", "Place", "check", "shown", "validate"]
 
 Keys = tuple[str | int, ...]
 Place = Callable[[Keys], Fault]
@@ -22,13 +22,21 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def validate(kind: type[Model], value: Any, place: Place) -> Model:
     """Return `value` as a `kind`; all faults together are one `UserError`."""
+    model, faults = check(kind, value, place)
+    if model is None:
+        raise UserError(list(faults.values()))
+    return model
+
+
+def check(kind: type[Model], value: Any, place: Place) -> tuple[Model | None, Mapping[Keys, Fault]]:
+    """Return `value` as a `kind`, or None and what is wrong with it by path, in the order of lines."""
     try:
-        return kind.model_validate(value)
+        return kind.model_validate(value), {}
     except ValidationError as error:
-        raise UserError(_faults(kind, value, error.errors(include_url=False), place)) from None
+        return None, _faults(kind, value, error.errors(include_url=False), place)
 
 
-def _faults(kind: type[BaseModel], value: Any, errors: Sequence[Any], place: Place) -> list[Fault]:
+def _faults(kind: type[BaseModel], value: Any, errors: Sequence[Any], place: Place) -> dict[Keys, Fault]:
     by_path: dict[Keys, list[Any]] = {}
     for error in errors:
         by_path.setdefault(_real(error, value), []).append(error)
@@ -38,14 +46,15 @@ def _faults(kind: type[BaseModel], value: Any, errors: Sequence[Any], place: Pla
     for path in unknown:
         missing = [p[-1] for p, e in by_path.items() if p[:-1] == path[:-1] and e[0]["type"] == "missing"]
         close = nearest(str(path[-1]), [str(name) for name in missing], 1)
-        explained.update((*path[:-1], name) for name in close)
-    faults = []
+        explained.update(path[:-1] + (name,) for name in close)
+    # So is a fault inside one member of a union: the other members complain about the whole.
+    explained.update(path for path in by_path if any(len(p) > len(path) and p[: len(path)] == path for p in by_path))
+    faults: dict[Keys, Fault] = {}
     for path, group in by_path.items():
-        if path in explained:
-            continue
-        found = place(path)
-        faults.append(Fault(_message(kind, path, value, group), found.file, found.line, found.path or path_text(path)))
-    return faults
+        if path not in explained:
+            at = place(path)
+            faults[path] = Fault(_message(kind, path, value, group), at.file, at.line, at.path or path_text(path))
+    return dict(sorted(faults.items(), key=lambda item: item[1].line or 0))
 
 
 def _real(error: Any, value: Any) -> Keys:
@@ -54,9 +63,8 @@ def _real(error: Any, value: Any) -> Keys:
     parts = error["loc"]
     for index, part in enumerate(parts):
         last = index == len(parts) - 1
-        if (isinstance(value, dict) and part in value) or (
-            isinstance(value, list) and isinstance(part, int) and part < len(value)
-        ):
+        in_list = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if in_list or (isinstance(value, dict) and part in value):
             value = value[part]
         elif isinstance(value, dict) and last and error["type"] == "missing":
             value = None
@@ -68,36 +76,26 @@ def _real(error: Any, value: Any) -> Keys:
 
 def _message(kind: type[BaseModel], path: Keys, value: Any, errors: Sequence[Any]) -> str:
     error = errors[0]
-    given = error["input"]
-    what, context = error["type"], error.get("ctx", {})
-    if len(errors) > 1:
-        deeper = [e for e in errors if e["type"] not in ("string_type", "dict_type", "int_type", "list_type")]
-        if deeper:
-            error = deeper[0]
-            what, context = error["type"], error.get("ctx", {})
-        else:
-            wanted = " or ".join(dict.fromkeys(str(_TYPES.get(e["type"], e["msg"])) for e in errors))
-            return f"{_shown(given)} is not allowed; allowed: {wanted}"
-    if what == "extra_forbidden":
+    if error["type"] == "extra_forbidden":
         return one_of("key", str(path[-1]), _fields(kind, path[:-1]), most=16)
-    if what == "missing":
+    if error["type"] == "missing":
         return f"key {path[-1]!r} is missing"
-    if what in ("literal_error", "enum"):
-        allowed = [
-            part.strip().strip("'") for part in str(context.get("expected", "")).replace(" or ", ", ").split(",")
-        ]
-        return (
-            one_of("value", given, allowed)
-            if isinstance(given, str)
-            else f"{_shown(given)} is not allowed; allowed: {', '.join(allowed)}"
-        )
-    if what in _TYPES:
-        return f"{_shown(given)} is not allowed; allowed: {_TYPES[what]}"
+    given = _written(value, path, error["input"])
+    if len(errors) > 1:  # of a union's members: the one that got furthest, else all that is allowed
+        further = [e for e in errors if e["type"] not in _TYPES and e["type"] not in _CHOICES]
+        if not further:
+            return _refused(given, " or ".join(dict.fromkeys(_wanted(e) for e in errors)))
+        error = further[0]
+    what, context = error["type"], error.get("ctx", {})
+    if what in _CHOICES and isinstance(given, str):
+        return one_of("value", given, _choices(error))
+    if what in _CHOICES or what in _TYPES:
+        return _refused(given, _wanted(error))
     if what == "value_error":
         return str(context.get("error", error["msg"])).removeprefix("Value error, ")
     if what in _BOUNDS:
         word, key = _BOUNDS[what]
-        return f"{_shown(given)} is not allowed; allowed: {word} {context[key]:g}"
+        return _refused(given, f"{word} {context[key]:g}")
     if what in ("too_short", "string_too_short"):
         return "must not be empty" if context.get("min_length", 1) == 1 else f"needs {context['min_length']} items"
     if what == "too_long":
@@ -116,6 +114,7 @@ _TYPES = {
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
 }
+_CHOICES = ("literal_error", "enum")
 _BOUNDS = {
     "greater_than": ("more than", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -124,10 +123,40 @@ _BOUNDS = {
 }
 
 
-def _shown(value: Any) -> str:
-    text = {True: "true", False: "false", None: "nothing"}.get(value) if isinstance(value, bool | None) else repr(value)
-    text = str(text)
+def _wanted(error: Any) -> str:
+    return ", ".join(_choices(error)) if error["type"] in _CHOICES else _TYPES[error["type"]]
+
+
+def _choices(error: Any) -> list[str]:
+    expected = str(error.get("ctx", {}).get("expected", ""))
+    return [part.strip().strip("'") for part in expected.replace(" or ", ", ").split(",")]
+
+
+def _refused(given: Any, allowed: str) -> str:
+    return f"{'empty' if given is None else f'{shown(given)} is not allowed'}; allowed: {allowed}"
+
+
+def shown(value: Any) -> str:
+    """Return a value as a person would know it again from the file, in at most 40 characters.
+
+    >>> shown(True), shown("8/255x"), shown({"a": 1})
+    ('true', "'8/255x'", 'a mapping')
+    """
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = {True: "true", False: "false", None: "nothing"}.get(value) if isinstance(value, bool | None) else None
+    text = text or repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _written(value: Any, path: Keys, default: Any) -> Any:
+    """Return what stands in the document at `path`: pydantic tells bounds about the value as converted."""
+    for part in path:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return default
+    return value
 
 
 def _fields(kind: Any, path: Keys) -> list[str]:

@@ -74,7 +74,7 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
         device=device,
     )
     record = _resume(store, trainer, folder)
-    monitor = _Monitor(recipe, train, validation, device)
+    monitor = _Monitor(recipe, node.select, train, validation, device)
     while trainer.done < trainer.epochs:
         log = trainer.train_epoch(lambda done, of: report("batch", {"done": done, "of": of, "epoch": trainer.done}))
         began = time.perf_counter()
@@ -90,7 +90,7 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
             record["best"] = {"epoch": log.epoch, "score": score, "file": f".best-{log.epoch}.safetensors"}
             write_tensors(folder / record["best"]["file"], model.state_dict())
         _save(trainer, folder, record)
-        report("epoch", {"epoch": trainer.done, "of": trainer.epochs, **point, "seconds": log.seconds})
+        report("epoch", {**point, "done": trainer.done, "of": trainer.epochs, "seconds": log.seconds})
     ledger = trainer.verify()
     write_tensors(folder / "last.safetensors", model.state_dict())
     write_tensors(folder / "best.safetensors", read_tensors(folder / record["best"]["file"]))
@@ -146,10 +146,10 @@ def _save(trainer: PhaseTrainer, folder: Any, record: dict[str, Any]) -> None:
 class _Monitor:
     """Accuracies after an epoch on a fixed part of train and of validation, and the score that chooses the best."""
 
-    def __init__(self, recipe: Recipe, train: Images, validation: Images, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, select: str, train: Images, validation: Images, device: torch.device) -> None:
         config = recipe.evaluate.monitor
         self.attack = build_attack(config.attack, recipe.threat)
-        self.select = config.select
+        self.select = select
         self.batch_size = recipe.evaluate.batch_size
         self.parts = {
             name: _part(images, config.images, recipe.data.validation_seed).to(device)

@@ -31,6 +31,10 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise UserError(one_of("optimizer", self.name, OPTIMIZERS))
+        if self.name == "sgd" and self.nesterov and not self.momentum:
+            raise UserError("optimizer: nesterov needs a momentum above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer: betas {list(self.betas)}; allowed: two numbers from 0 to less than 1")
 
     def __str__(self) -> str:
         extra = (

@@ -75,7 +75,8 @@ class PartialStep:
         seed: of the attack's own random stream, one draw per step, unless `generator` is given to the call.
 
     Raises:
-        UserError: groups and signals that do not match, no attack where one is needed, no group to train.
+        UserError: groups and signals that do not match, no attack where one is needed, no group to train, an optimizer
+            without the tensors to train.
 
     >>> from robustlayers.attacks import PGD, Linf
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
@@ -115,6 +116,12 @@ class PartialStep:
         if "adversarial" in self.passes and attack is None:
             raise UserError("a signal is adversarial, so an attack is needed")
         self._bind()
+        if optimizer is not None:
+            held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+            lacking = [name for name in self._trained if id(self._tensors[name]) not in held]
+            if lacking:
+                more = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
+                raise UserError(f"the optimizer lacks tensors that are to learn: {', '.join(lacking[:4])}{more}")
 
     def __call__(self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> StepLog:
         """Craft, differentiate and update on one batch: x float [n, c, h, w] in [0, 1], y int64 [n]."""
@@ -156,16 +163,17 @@ class PartialStep:
         self._shares: dict[str, dict[str, list[tuple[float, Tensor | None]]]] = {o.name: {} for o in self.objectives}
         trained_entries: dict[str, list[Tensor | None]] = {}
         statistics: dict[nn.Module, list[tuple[Entry, Signal]]] = {}
-        protected: list[Tensor] = []
+        self._protected: list[Entry] = []
         for group, selection in self.partition.groups.items():
             signal = self.signals[group]
             for name, mask in selection.parts.items():
                 entry = inventory.entries[name]
                 if entry.buffer:
-                    if is_norm(entry.module):
-                        statistics.setdefault(entry.module, []).append((entry, signal))
-                    elif not signal:
-                        protected.append(entry.tensor)
+                    norms = [module for module in entry.owners if is_norm(module)]
+                    for module in norms:
+                        statistics.setdefault(module, []).append((entry, signal))
+                    if not norms and not signal:
+                        self._protected.append(entry)
                     continue
                 mask = None if mask is None else mask.to(entry.tensor.device)
                 if signal:
@@ -173,15 +181,25 @@ class PartialStep:
                 for objective, weight in signal.items():
                     self._shares[objective].setdefault(name, []).append((weight, mask))
         # Tensors of which some entries are frozen: entry -> trained?
+        self._trained = list(trained_entries)
         self._divided: dict[str, Tensor] = {}
         for name, masks in trained_entries.items():
             if all(mask is not None for mask in masks):
                 trained = torch.stack([mask for mask in masks if mask is not None]).any(0)
                 if not bool(trained.all()):
                     self._divided[name] = trained
-        self._protected = protected
         self._settings = {name: self._settings_of(name, statistics) for name in ("craft", "clean", "adversarial")}
         self._crafting_updates = any(update for _, update in self._settings["craft"].values())
+        # Layers that a pass normalizes by running statistics, which a later pass updates before the backward of this one.
+        self._moving = {
+            name: {
+                module
+                for later in self.passes[place + 1 :]
+                for module, (_, update) in self._settings[later].items()
+                if update and self._settings[name][module][0] == "running"
+            }
+            for place, name in enumerate(self.passes)
+        }
         # A layer whose statistics are divided between a trained and a frozen group would move what is frozen.
         for module, entries in statistics.items():
             if len({tuple(sorted(signal.items())) for _, signal in entries}) > 1:
@@ -209,15 +227,20 @@ class PartialStep:
     def _scope(self) -> Iterator[None]:
         """Put `requires_grad` and frozen buffers of foreign modules back after a step, also after an exception."""
         flags = [(tensor, tensor.requires_grad) for tensor in self._tensors.values()]
-        buffers = [(tensor, tensor.detach().clone()) for tensor in self._protected]
+        # Looked up anew, since moving a model to another device puts new tensors in the place of its buffers.
+        buffers = [(entry, entry.module._buffers[entry.attribute]) for entry in self._protected]
+        values = [None if buffer is None else buffer.detach().clone() for _, buffer in buffers]
         try:
-            yield
+            with torch.enable_grad():
+                yield
         finally:
             for tensor, flag in flags:
                 tensor.requires_grad_(flag)
             with torch.no_grad():
-                for tensor, value in buffers:
-                    tensor.copy_(value)
+                for (entry, buffer), value in zip(buffers, values, strict=True):
+                    entry.module._buffers[entry.attribute] = buffer
+                    if buffer is not None and value is not None:
+                        buffer.copy_(value)
 
     def _gradients(self, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Gradients:
         log = StepLog(size=len(x))
@@ -230,9 +253,11 @@ class PartialStep:
             shares = self._shares[objective.name]
             loss = objective.loss(logits, y)
             log.losses[objective.name] = loss.detach()
-            if not shares:  # only buffers learn from it
+            if not shares or not loss.requires_grad:  # only buffers learn from it, or what is not used in the forward
                 continue
             later = [other for other in self.objectives[place + 1 :] if set(other.passes) & set(objective.passes)]
+            for name in shares:  # another pass may have switched it off since the forward
+                self._tensors[name].requires_grad_(True)
             found = torch.autograd.grad(
                 loss, [self._tensors[name] for name in shares], retain_graph=bool(later), allow_unused=True
             )
@@ -270,7 +295,7 @@ class PartialStep:
         }
         for key, tensor in self._tensors.items():
             tensor.requires_grad_(key in needed)
-        with normalizing(self.model, self._settings[name], training=True):
+        with normalizing(self.model, self._settings[name], training=True, moving=self._moving[name]):
             logits = self.model(x)
         log.forward_passes += 1
         log.correct[name] = (logits.detach().argmax(1) == y).sum()

@@ -14,14 +14,15 @@ for phase in recipe.phases:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from robustlayers.core.errors import Fault, UserError
-from robustlayers.core.random import stream
+from robustlayers.core.random import stream, stream_seed
 from robustlayers.data import Augment, Images, batch_count, batches
 from robustlayers.normalization.policy import NormPolicy
 from robustlayers.selection.partition import Partition
@@ -111,7 +112,8 @@ class PhaseTrainer:
         for index, (x, y) in enumerate(loader):
             if self.optimizer is not None:
                 self.schedule.apply(self.optimizer, self.done * self.batches + index, self.epochs * self.batches)
-            log = self.step(x, y, generator=stream(self.seed, "attack", epoch, index, device=self.device))
+            with self._own_draws(epoch, index):
+                log = self.step(x, y, generator=stream(self.seed, "attack", epoch, index, device=self.device))
             images += log.size
             forward += log.forward_passes * log.size
             backward += log.backward_passes * log.size
@@ -128,6 +130,18 @@ class PhaseTrainer:
                 raise Diverged(f"{name} is not finite after epoch {epoch + 1}")
         self.done += 1
         return EpochLog(epoch + 1, total / max(1, images), time.perf_counter() - began, forward, backward)
+
+    @contextmanager
+    def _own_draws(self, epoch: int, index: int) -> Iterator[None]:
+        """Give layers that draw from torch's global state, such as dropout, draws of this very step; restore it after."""
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            seed = stream_seed(self.seed, "model", epoch, index)
+            torch.default_generator.manual_seed(seed)
+            for device in cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+            yield
 
     @staticmethod
     def _finite(epoch: int, index: int, log: StepLog) -> float:

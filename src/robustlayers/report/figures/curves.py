@@ -33,16 +33,21 @@ def draw(summary: Summary) -> list[Drawing]:
 
 
 def mean_curve(arm: Arm, name: str) -> dict[int, float]:
-    """Return epoch -> mean of one series over the seeds that have finished, where all of them have the epoch.
+    """Return epoch -> mean of one series over the seeds that have finished, where all of them have a value.
 
     A seed that stopped early would otherwise make the mean jump where it leaves.
     """
     whole = [points for seed, points in sorted(arm.curves.items()) if points and status(arm, seed) == "finished"]
-    columns = [{point.epoch: float(getattr(point, name)) for point in points} for points in whole]
+    columns = [dict(_finite(points, name)) for points in whole]
     if not columns:
         return {}
     common = sorted(set.intersection(*(set(column) for column in columns)))
     return {epoch: math.fsum(column[epoch] for column in columns) / len(columns) for epoch in common}
+
+
+def _finite(points: Sequence[CurvePoint], name: str) -> list[tuple[int, float]]:
+    """Epoch and value of the points that were measured: an epoch without a measurement holds NaN."""
+    return [(point.epoch, value) for point in points if math.isfinite(value := float(getattr(point, name)))]
 
 
 def table(arm: Arm) -> list[dict[str, object]]:
@@ -51,7 +56,7 @@ def table(arm: Arm) -> list[dict[str, object]]:
     for seed, points in sorted(arm.curves.items()):
         for point in points:
             row: dict[str, object] = {"arm": arm.name, "seed": seed, "epoch": point.epoch, "phase": point.phase}
-            row.update({name: getattr(point, name) for name in SERIES})
+            row.update({name: value if math.isfinite(value := getattr(point, name)) else None for name in SERIES})
             rows.append({**row, "train_loss": point.train_loss, "seconds": point.seconds})
     means = {name: mean_curve(arm, name) for name in SERIES}
     phase_of = {point.epoch: point.phase for points in arm.curves.values() for point in points}
@@ -65,7 +70,7 @@ def table(arm: Arm) -> list[dict[str, object]]:
             "train_loss": None,
             "seconds": None,
         }
-        for epoch in means[SERIES[0]]
+        for epoch in sorted(set().union(*means.values()))
     )
     return rows
 
@@ -150,12 +155,16 @@ def _lines(axes: Axes, arm: Arm, kind: str, paint: str) -> tuple[int, float] | N
         mean = mean_curve(arm, name)
         finished = [seed for seed in arm.curves if status(arm, seed) == "finished"]
         for seed, points in sorted(arm.curves.items()):
-            if points and (len(finished) != 1 or seed not in finished):
-                axes.plot(*_percent(points, name), color=paint, linewidth=0.7, alpha=0.45, dashes=dashes, zorder=3)
-                if split == "validation" and status(arm, seed) != "finished":
-                    _stopped(axes, points[-1], name)
+            known = _finite(points, name)
+            if not known or finished == [seed]:
+                continue
+            axes.plot(*_percent(known), color=paint, linewidth=0.7, alpha=0.45, dashes=dashes, zorder=3)
+            if split == "validation" and status(arm, seed) in ("diverged", "failed"):
+                axes.plot(
+                    *_percent(known[-1:]), marker="x", markersize=7, markeredgewidth=1.8, color=style.INK, zorder=6
+                )
         if mean:
-            xs, ys = list(mean), [100 * value for value in mean.values()]
+            xs, ys = _percent(list(mean.items()))
             axes.plot(xs, ys, color=paint, linewidth=2.0, dashes=dashes, zorder=4)
             if len(xs) == 1:
                 axes.plot(xs, ys, marker="o", markersize=3, color=paint, zorder=4)
@@ -163,24 +172,17 @@ def _lines(axes: Axes, arm: Arm, kind: str, paint: str) -> tuple[int, float] | N
     return end
 
 
-def _percent(points: Sequence[CurvePoint], name: str) -> tuple[list[int], list[float]]:
-    return [point.epoch for point in points], [100 * float(getattr(point, name)) for point in points]
-
-
-def _stopped(axes: Axes, point: CurvePoint, name: str) -> None:
-    value = 100 * float(getattr(point, name))
-    axes.plot(
-        [point.epoch], [value], marker="x", markersize=7, markeredgewidth=1.8, color=style.INK, zorder=6
-    )  # fmt: skip
+def _percent(known: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [epoch for epoch, _ in known], [100 * value for _, value in known]
 
 
 def _chosen(axes: Axes, arm: Arm, paint: str) -> None:
     """Ring the epoch that was chosen on validation, on the line of its seed."""
     for seed, epoch in sorted(arm.best_epoch.items()):
-        for point in arm.curves.get(seed, ()):
-            if point.epoch == epoch and status(arm, seed) == "finished":
+        for at, value in _finite(arm.curves.get(seed, ()), "validation_robust"):
+            if at == epoch and status(arm, seed) == "finished":
                 axes.plot(
-                    [epoch], [100 * point.validation_robust], marker="o", markersize=6, color=paint,
+                    [epoch], [100 * value], marker="o", markersize=6, color=paint,
                     markerfacecolor=style.PAPER, markeredgewidth=1.4, zorder=5,
                 )  # fmt: skip
 

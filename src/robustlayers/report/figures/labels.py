@@ -33,8 +33,8 @@ class Box:
 
 
 def width_of(text: str, size: float) -> float:
-    """Return about how wide a text of `size` pixels is set in a sans-serif font, the same on every machine."""
-    return size * sum(0.32 if letter in "iljtf.,:;'|!()[] " else 0.9 if letter in "mwMW@%" else 0.6 for letter in text)
+    """Return about how wide a text of `size` pixels is set in a bold sans-serif font, the same on every machine."""
+    return size * sum(0.38 if letter in "iljtf.,:;'|!()[] " else 1.0 if letter in "mwMW@%" else 0.68 for letter in text)
 
 
 def place(

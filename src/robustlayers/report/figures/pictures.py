@@ -183,6 +183,8 @@ def _sheet(pictures: Pictures, shown: Gallery) -> bytes:
         axes.set(xlim=(0, width), ylim=(height, 0))
         small: dict[str, Any] = {"fontsize": 9, "ha": "center", "va": "bottom", "parse_math": False}
         head: dict[str, Any] = {"fontsize": 10, "va": "center", "fontweight": "bold", "parse_math": False}
+        light: dict[str, Any] = {**head, "fontweight": "normal"}
+        wrong: dict[str, Any] = {**small, "color": style.SERIES[1]}
         axes.text(4, tops[0] + side / 2, "natural", **head)
         for index, label in enumerate(pictures.labels):
             x = left + index * (side + gap)
@@ -192,19 +194,16 @@ def _sheet(pictures: Pictures, shown: Gallery) -> bytes:
         for row, (arm, shots) in enumerate(shown.arms):
             upper, lower = tops[1 + 2 * row], tops[2 + 2 * row]
             axes.text(4, upper + side / 2, style.plain(arm, 18), **head)
-            axes.text(4, lower + side / 2, f"change × {shown.amplification:.1f}", **(head | {"fontweight": "normal"}))
+            axes.text(4, lower + side / 2, f"change × {shown.amplification:.1f}", **light)
             for index, shot in enumerate(shots):
                 x = left + index * (side + gap)
                 pair = (_picture(pictures.adversarial[arm][index]), upper), (
                     perturbation(pictures.natural[index], pictures.adversarial[arm][index], reach), lower,
                 )  # fmt: skip
                 for picture, top in pair:
-                    axes.imshow(
-                        np.clip(picture, 0, 1), extent=(x, x + side, top + side, top), interpolation="nearest"
-                    )
+                    axes.imshow(np.clip(picture, 0, 1), extent=(x, x + side, top + side, top), interpolation="nearest")
                 said = f"{'✓' if shot.after_right else '✗'} {shot.after}"
-                paint = style.INK if shot.after_right else style.SERIES[1]
-                axes.text(x + side / 2, upper - 1, style.plain(said, 13), **(small | {"color": paint}))
+                axes.text(x + side / 2, upper - 1, style.plain(said, 13), **(small if shot.after_right else wrong))
         axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
         FigureCanvasAgg(figure)
         stream = io.BytesIO()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from robustlayers.report import style
-from robustlayers.report.answer import Standing
+from robustlayers.report.answer import Standing, in_points
 from robustlayers.report.statistics import Interval
 from robustlayers.report.wording import percent, points
 from robustlayers.study.summary import ClaimResult
@@ -71,7 +71,7 @@ def standing_strip(one: Standing, position: int) -> Markup:
     if robust.mean is not None:
         path = style.marker_path(style.marker(position), 14)
         inside.append(
-            f'<svg x="{100 * robust.mean:.2f}%" y="{_MIDDLE}" overflow="visible"><path d="{path}" '
+            f'<svg x="{100 * robust.mean:.2f}%" y="{_MIDDLE}" width="1" height="1" overflow="visible"><path d="{path}" '
             f'transform="translate(-7 -7)" fill="{_paint(position)}" stroke="var(--ink)" stroke-width="1"/></svg>'
         )
     return _strip(inside, f"robust {percent(robust.mean)}, clean {percent(clean.mean)}, on a scale from 0 to 100%")
@@ -80,7 +80,7 @@ def standing_strip(one: Standing, position: int) -> Markup:
 def domain(claims: Sequence[ClaimResult]) -> tuple[float, float]:
     """Return the common scale of all claim strips: it holds zero and every interval and difference."""
     ends = [0.0]
-    for claim in claims:
+    for claim in filter(in_points, claims):
         ends.extend(claim.differences)
         ends.extend(end for end in (claim.low, claim.high, claim.mean) if end is not None)
     low, high = min(ends), max(ends)
@@ -101,8 +101,10 @@ def scale_strip(scale: tuple[float, float], percent_sign: bool = False) -> Marku
 
 
 def claim_strip(claim: ClaimResult, scale: tuple[float, float]) -> Markup:
-    """Return the difference of a claim: zero line, 95% interval, one small mark per seed, the mean."""
+    """Return the difference of a claim: zero line, 95% interval, a ring per seed, the mean; nothing if not in points."""
     low, high = scale
+    if not in_points(claim):
+        return Markup("")
 
     def at(value: float) -> float:
         return (value - low) / (high - low)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from matplotlib.axes import Axes
 
@@ -12,7 +13,7 @@ from robustlayers.report.figures.labels import Box, place, width_of
 from robustlayers.report.measured import accuracy, values
 from robustlayers.report.statistics import Interval, pareto
 from robustlayers.report.svg import to_svg
-from robustlayers.report.wording import listing
+from robustlayers.report.wording import listing, slugs
 from robustlayers.study.summary import Arm, Summary
 
 __all__ = ["draw", "table"]
@@ -26,7 +27,7 @@ def draw(summary: Summary) -> list[Drawing]:
     """Return one figure per checkpoint that has results, all with the same axes."""
     shown = [one for one in summary.checkpoints if any(_pair(arm, one) for arm in summary.arms)]
     limits = _limits(summary, shown)
-    return [_draw(summary, checkpoint, limits) for checkpoint in shown]
+    return [_draw(summary, checkpoint, limits, slug) for checkpoint, slug in zip(shown, slugs(shown), strict=True)]
 
 
 def table(summary: Summary, checkpoint: str) -> list[dict[str, object]]:
@@ -37,7 +38,14 @@ def table(summary: Summary, checkpoint: str) -> list[dict[str, object]]:
         clean, robust = values(arm, checkpoint, "clean"), values(arm, checkpoint, "robust")
         blank = dict.fromkeys(("clean_low", "clean_high", "robust_low", "robust_high", "pareto"))
         rows.extend(
-            {"arm": arm.name, "checkpoint": checkpoint, "seed": seed, "clean": clean[seed], "robust": robust[seed], **blank}
+            {
+                "arm": arm.name,
+                "checkpoint": checkpoint,
+                "seed": seed,
+                "clean": clean[seed],
+                "robust": robust[seed],
+                **blank,
+            }
             for seed in clean
             if seed in robust
         )
@@ -94,7 +102,7 @@ def _limits(summary: Summary, checkpoints: list[str]) -> tuple[tuple[float, floa
 
 
 def _draw(
-    summary: Summary, checkpoint: str, limits: tuple[tuple[float, float], tuple[float, float]]
+    summary: Summary, checkpoint: str, limits: tuple[tuple[float, float], tuple[float, float]], slug: str
 ) -> Drawing:
     with style.drawing():
         figure = style.figure(WIDTH, HEIGHT)
@@ -113,19 +121,20 @@ def _draw(
         text = to_svg(figure)
     drawn = [arm.name for arm in summary.arms if _pair(arm, checkpoint)]
     lost = [arm.name for arm in summary.arms if arm.name not in drawn]
-    caption = (
-        "How to read: up is more robust, right is more accurate on clean images, so the upper right corner is the best. "
-    )
+    caption = "How to read: up is more robust, right is more accurate on clean images, so the upper right corner is the best. "
     if len(summary.seeds) > 1:
         caption += "A small mark is one seed, the large one the mean of its arm, the cross its 95% t intervals."
     else:
         caption += "A mark is the one seed of its arm."
     if len(_front(summary, checkpoint)) > 1:
-        caption += " The dashed line joins the arms that no other arm beats in both (Pareto front of the means)."
+        caption += (
+            " The dashed line joins the arms that no other arm beats in one accuracy without losing in the other "
+            "(Pareto front of the means)."
+        )
     if lost:
         caption += f" Not drawn, since no seed has finished: {listing(lost)}."
     return Drawing(
-        name=f"tradeoff-{style.file_part(checkpoint)}",
+        name=f"tradeoff-{slug}",
         title=f"Clean against robust accuracy, checkpoint {checkpoint}",
         caption=caption,
         data=table(summary, checkpoint),
@@ -150,7 +159,7 @@ def _front_line(axes: Axes, summary: Summary, checkpoint: str) -> list[Box]:
         return []
     axes.plot(*zip(*known, strict=True), color=style.MUTED, linewidth=1.2, dashes=(4, 3), zorder=2)
     boxes = []
-    for (x0, y0), (x1, y1) in zip(known, known[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(known):
         steps = max(2, math.ceil(math.dist(_pixels(axes, x0, y0), _pixels(axes, x1, y1)) / 6))
         boxes += [_around(axes, x0 + (x1 - x0) * k / steps, y0 + (y1 - y0) * k / steps, 2) for k in range(1, steps)]
     return boxes
