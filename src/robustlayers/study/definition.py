@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from robustlayers.core.errors import Fault, UserError
+from robustlayers.core.errors import Fault, UserError, one_of
 from robustlayers.study import patches, yaml
 from robustlayers.study.claims import Claim
 from robustlayers.study.claims import parse as parse_claim
 from robustlayers.study.schema import Recipe, StudyConfig
 from robustlayers.study.semantics import attack_label, recipe_faults
-from robustlayers.study.validate import Keys, Place, validate
+from robustlayers.study.validate import Keys, Place, check
 
 __all__ = ["FACTS", "ArmDefinition", "Study", "load_study"]
 
@@ -23,6 +24,7 @@ FACTS = ("trained_share", "trained_parameters", "forward_passes", "backward_pass
 
 _RECIPE = tuple(Recipe.model_fields)
 _MERGED = ("optimizer", "schedule", "normalization")
+_ALIKE = (("evaluate", "attacks"), ("evaluate", "checkpoints"), ("data", "test_images"))
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,58 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
     for override in overrides:
         try:
             where, new = patches.parse_assignment(override)
-            value = patches.apply(value, where, new, where=f"--set {where}")
-            changed.append((_keys(value, where), f"--set {where}"))
+            after = patches.apply(value, where, new, where=f"--set {where}")
         except UserError as error:
             faults += error.faults
-    if faults:
-        raise UserError(faults)
+            continue
+        changed.append((_keys(value, where), f"--set {where}"))
+        value = after
 
     place = _place(document, changed)
-    config = validate(StudyConfig, value, place)
+    config, wrong = check(StudyConfig, value, place)
+    faults += wrong.values()
+    if config is None:  # what is wrong is left out, so that the rest is checked too
+        value = _without(value, wrong)
+        config, _ = check(StudyConfig, value, place)
+        if config is None:
+            raise UserError(_in_order(faults))
     name = config.name or Path(path).stem
-    arms = _arms(config, value, document, changed)
-    claims = _claims(config, arms[0].recipe, place)
-    _seeds(config, place)
-    return Study(name, str(path), config, tuple(overrides), arms, claims, value)
+    arms, found = _arms(config, value, document, changed)
+    faults += found
+    claims: list[tuple[str, Claim]] = []
+    if not any(keys[0] in ("attack", "evaluate", "factors") for keys in wrong):
+        claims, found = _claims(config, place)
+        faults += found
+    faults += _seeds(config, place)
+    if faults:
+        raise UserError(_in_order(faults))
+    return Study(name, str(path), config, tuple(overrides), tuple(arms), tuple(claims), value)
+
+
+def _in_order(faults: Iterable[Fault]) -> list[Fault]:
+    return sorted(dict.fromkeys(faults), key=lambda fault: fault.line or 0)
+
+
+_STAND_INS: dict[Keys, Any] = {("question",): "?", ("threat", "norm"): "linf", ("threat", "eps"): "8/255"}
+
+
+def _without(value: Any, wrong: Iterable[Keys]) -> Any:
+    """Return the document without what is wrong at these paths, as far as the rest can be judged without it."""
+    value = copy.deepcopy(value)
+    for path in sorted(wrong, key=len, reverse=True):
+        if path[0] == "groups" or "train" in path:
+            return {}  # a group less, and every other one of its phase would be at fault
+        box = value
+        keys = list(path)
+        while any(isinstance(key, int) for key in keys[1:]) and keys[0] != "phases":
+            keys.pop()  # a whole list goes, since positions in it stand in other messages
+        for key in keys[:-1]:
+            box = box.get(key) if isinstance(box, dict) else box[key] if isinstance(box, list) else None
+        if isinstance(box, dict):
+            box.pop(keys[-1], None)
+            if path in _STAND_INS:
+                box[keys[-1]] = _STAND_INS[path]
+    return value
 
 
 def _keys(value: Any, path: str) -> Keys:
@@ -96,7 +136,7 @@ def _keys(value: Any, path: str) -> Keys:
     keys: list[str | int] = []
     for part in patches.split_path(path):
         if isinstance(value, list):
-            names = [item.get("name") if isinstance(item, dict) else None for item in value]
+            names = [str(item["name"]) if isinstance(item, dict) and "name" in item else None for item in value]
             index = names.index(part) if part in names else int(part)
             keys.append(index)
             value = value[index]
@@ -110,16 +150,15 @@ def _place(document: yaml.Document, changed: Sequence[tuple[Keys, str]]) -> Plac
     """Return where a path of the patched document comes from: the file's line, an override, or a factor's patch."""
 
     def place(path: Keys) -> Fault:
-        # The latest change that covers the path, or lies below it, is where the value was written.
+        # The latest change that covers the path is where the value was written.
         for keys, source in reversed(changed):
-            short = min(len(keys), len(path))
-            if path[:short] == keys[:short] and (len(path) >= len(keys)):
+            if path[: len(keys)] == keys:
+                rest = path[len(keys) :]
                 if source.startswith("--set"):
-                    return Fault("", path=_below(source, path[len(keys) :]))
-                file_path = tuple(source.split("\0"))
-                return Fault(
-                    "", document.file, document.line(file_path), _below(yaml.path_text(file_path), path[len(keys) :])
-                )
+                    return Fault("", path=_below(source, rest))
+                written = tuple(source.split("\0"))
+                line = document.line((*written, *rest))
+                return Fault("", document.file, line, _below(yaml.path_text(written), rest))
         return Fault("", document.file, document.line(path))
 
     return place
@@ -131,77 +170,83 @@ def _below(source: str, rest: Keys) -> str:
 
 def _arms(
     config: StudyConfig, value: Any, document: yaml.Document, changed: Sequence[tuple[Keys, str]]
-) -> tuple[ArmDefinition, ...]:
-    faults: dict[Fault, None] = {}
-    arms: list[ArmDefinition] = []
-    factors = list(config.factors)
+) -> tuple[list[ArmDefinition], list[Fault]]:
+    """Return the arms, and what is wrong with them: a fault that not every arm has names those that have it."""
+    faults: list[Fault] = []
     for factor, levels in config.factors.items():
         if not levels:
-            faults[
-                Fault(
-                    "needs at least one level", document.file, document.line(("factors", factor)), f"factors.{factor}"
-                )
-            ] = None
-    for combination in itertools.product(*(config.factors[factor] for factor in factors)):
-        levels = dict(zip(factors, combination, strict=True))
-        chosen = [(f"factors.{f}.{level}", config.factors[f][level]) for f, level in levels.items()]
-        try:
-            recipe = _recipe(value, levels, chosen, document, changed)
-        except UserError as error:
-            faults.update(dict.fromkeys(error.faults))
-            continue
-        arms.append(ArmDefinition(", ".join(levels.values()) or config.name or "default", levels, recipe))
-    if faults:
-        raise UserError(list(faults))
-    return tuple(arms)
+            line = document.line(("factors", factor))
+            faults.append(Fault("needs at least one level", document.file, line, f"factors.{factor}"))
+    arms: dict[str, ArmDefinition] = {}
+    owners: dict[Fault, list[str]] = {}
+    for combination in itertools.product(*config.factors.values()):
+        levels = dict(zip(config.factors, combination, strict=True))
+        name = ", ".join(levels.values()) or config.name or "default"
+        if name in arms:
+            faults.append(Fault(f"two arms would be called {name!r}; rename a level", document.file, path="factors"))
+        recipe, found = _recipe(config, value, levels, document, changed)
+        for fault in found:
+            owners.setdefault(fault, []).append(name)
+        if recipe is not None:
+            arms[name] = ArmDefinition(name, levels, recipe)
+    if owners:
+        everywhere = set(_recipe(config, value, {}, document, changed)[1])
+        for fault, names in owners.items():
+            if config.factors and fault not in everywhere and not (fault.path or "").startswith("factors"):
+                some = ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+                fault = replace(fault, message=f"{fault.message} (in arm{'s' if len(names) > 1 else ''} {some})")
+            faults.append(fault)
+    return list(arms.values()), faults
 
 
 def _recipe(
+    config: StudyConfig,
     value: Any,
     levels: Mapping[str, str],
-    chosen: Sequence[tuple[str, Mapping[str, Any]]],
     document: yaml.Document,
     changed: Sequence[tuple[Keys, str]],
-) -> Recipe:
+) -> tuple[Recipe | None, list[Fault]]:
+    """Return the recipe of an arm, and what is wrong with it; None if it does not even fit the schema."""
     changed = list(changed)
-    clashes = patches.conflicts(chosen, value)
-    if clashes:
-        raise UserError(
-            [fault.at(file=document.file, line=document.line(_factor_path(fault, levels))) for fault in clashes]
-        )
-    for (factor, level), (source, patch) in zip(levels.items(), chosen, strict=True):
+    chosen = [(f"factors.{factor}.{level}", config.factors[factor][level]) for factor, level in levels.items()]
+    lines = {source: document.line(("factors", *pair)) for (source, _), pair in zip(chosen, levels.items(), strict=True)}
+    faults = [
+        fault.at(file=document.file, line=lines.get(fault.path or "")) for fault in patches.conflicts(chosen, value)
+    ]
+    if faults:
+        return None, faults
+    for (factor, level), (_, patch) in zip(levels.items(), chosen, strict=True):
         for path, new in patch.items():
-            file_path = ("factors", factor, level, path)
-            if str(path).split(".")[0] not in _RECIPE:
-                fault = Fault(
-                    f"a factor cannot change {path!r}; it can change {', '.join(_RECIPE)}",
-                    document.file,
-                    document.line(file_path),
-                    source,
-                )
-                raise UserError(fault)
+            written = ("factors", factor, level, path)
+            source = yaml.path_text(written)
             try:
-                value = patches.apply(value, path, new, where=f"{source}.{path}")
+                _check_patch(path, source)
+                after = patches.apply(value, path, new, where=source)
             except UserError as error:
-                raise UserError(
-                    [f.at(file=document.file, line=document.line(file_path)) for f in error.faults]
-                ) from None
-            changed.append((_keys(value, path), "\0".join(file_path)))
+                faults += [fault.at(file=document.file, line=document.line(written)) for fault in error.faults]
+                continue
+            changed.append((_keys(value, path), "\0".join(written)))
+            value = after
     place = _place(document, changed)
     plain = {key: item for key, item in value.items() if key in _RECIPE}
-    validate(Recipe, plain, place)  # as written, so that a fault names the place where it was written
-    recipe = validate(Recipe, _inherit(plain), place)
-    faults = recipe_faults(recipe, place)
-    if faults:
-        raise UserError(faults)
-    return recipe
+    recipe, wrong = check(Recipe, plain, place)  # as written, so that a fault names the place where it was written
+    if recipe is not None:
+        recipe, wrong = check(Recipe, _inherit(plain), place)
+    faults += recipe_faults(recipe, place) if recipe is not None else wrong.values()
+    return recipe, faults
 
 
-def _factor_path(fault: Fault, levels: Mapping[str, str]) -> Keys:
-    for factor, level in levels.items():
-        if fault.path == f"factors.{factor}.{level}":
-            return ("factors", factor, level)
-    return ("factors",)
+def _check_patch(path: str, source: str) -> None:
+    """Refuse paths that arms of one study cannot differ in."""
+    keys = patches.split_path(path, source)
+    if keys[0] not in _RECIPE:
+        known = keys[0] in StudyConfig.model_fields
+        what = f"{keys[0]!r} is the same for all arms" if known else one_of("key", keys[0], _RECIPE)
+        allowed = f"; allowed: {', '.join(_RECIPE)}" if known else ""
+        raise UserError(Fault(what + allowed, path=source))
+    for alike in _ALIKE:
+        if keys[: len(alike)] == alike[: len(keys)]:
+            raise UserError(Fault(f"all arms are measured alike: no factor can change {'.'.join(alike)}", path=source))
 
 
 def _inherit(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -223,29 +268,31 @@ def _inherit(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "phases": phases}
 
 
-def _claims(config: StudyConfig, recipe: Recipe, place: Place) -> tuple[tuple[str, Claim], ...]:
-    metrics = ["clean", "robust", *(attack_label(a, recipe.threat) for a in recipe.evaluate.attacks), *FACTS]
+def _claims(config: StudyConfig, place: Place) -> tuple[list[tuple[str, Claim]], list[Fault]]:
+    try:
+        attacks = [attack_label(what, config.threat) for what in config.evaluate.attacks]
+    except UserError:  # reported with the attacks; without their names, no claim can be judged
+        return [], []
     claims: list[tuple[str, Claim]] = []
     faults: list[Fault] = []
     for index, claim in enumerate(config.claims):
         try:
             bound = parse_claim(claim.that).bind(
                 {factor: tuple(levels) for factor, levels in config.factors.items()},
-                metrics,
-                recipe.evaluate.checkpoints,
+                ["clean", "robust", *attacks, *FACTS],
+                config.evaluate.checkpoints,
             )
             claims.append((claim.say, bound))
         except UserError as error:
             at = place(("claims", index, "that"))
             faults += [Fault(f.message, at.file, at.line, at.path or f"claims.{index}.that") for f in error.faults]
-    if faults:
-        raise UserError(faults)
-    return tuple(claims)
+    return claims, faults
 
 
-def _seeds(config: StudyConfig, place: Place) -> None:
+def _seeds(config: StudyConfig, place: Place) -> list[Fault]:
     seeds = config.seeds
-    if isinstance(seeds, list) and (not seeds or len(set(seeds)) < len(seeds)):
-        at = place(("seeds",))
-        message = "a seed stands there twice" if seeds else "needs at least one seed"
-        raise UserError(Fault(message, at.file, at.line, at.path or "seeds"))
+    if isinstance(seeds, int) or (seeds and len(set(seeds)) == len(seeds)):
+        return []
+    at = place(("seeds",))
+    message = "a seed stands there twice" if seeds else "needs at least one seed"
+    return [Fault(message, at.file, at.line, at.path or "seeds")]

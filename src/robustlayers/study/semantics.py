@@ -6,6 +6,7 @@ The builders here turn the parts of a recipe into the objects of the lower layer
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, cast
@@ -144,10 +145,7 @@ def recipe_faults(recipe: Recipe, place: Place) -> list[Fault]:
     _check_names(recipe, found)
     if not any(phase.epochs for phase in recipe.phases):
         found.add("no phase has an epoch: nothing would be trained", "phases")
-    for index, phase in enumerate(recipe.phases):
-        for group, signal in phase.train.items():
-            with found.at("phases", index, "train", group):
-                parse_signal(signal)
+    _check_signals(recipe, found)
     dataset = None
     with found.at("data", "name"):
         dataset = load_data(recipe.data.name)
@@ -197,7 +195,7 @@ def _check_data(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
         text = "0 leaves no validation images, which choose the checkpoint 'best'; write 0.1, or leave 'best' out"
         found.add(text, "data", "validation")
     available = len(dataset.train)
-    with found.at("data", "validation"):
+    with found.at_option({"validation": config.validation}, "data"):
         available = len(split(dataset.train, config.validation, config.validation_seed)[0])
     for key, what, wanted, most in (
         ("train_images", "training", config.train_images, available),
@@ -226,46 +224,52 @@ def _fits(recipe: Recipe, dataset: Dataset, found: _Faults) -> bool:
     return fits
 
 
+def _check_signals(recipe: Recipe, found: _Faults) -> None:
+    for index, phase in enumerate(recipe.phases):
+        for group, signal in phase.train.items():
+            with found.at("phases", index, "train", group):
+                parse_signal(signal)
+
+
 def _check_groups(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
     model = _model_for_checks(recipe.model.name, canonical(model_options(recipe.model, dataset)))
-    attack = build_attack("fgsm", recipe.threat)  # of no matter here: whether the phase's own can be built is known
+    attack = build_attack("fgsm", recipe.threat)  # a stand-in: the phase's own is checked elsewhere
     for index, phase in enumerate(recipe.phases):
-        try:
-            partition = Partition(model, phase_groups(recipe, phase))
-            for signal in phase.train.values():
-                parse_signal(signal)
-        except UserError as error:
-            for fault in error.faults:
-                if fault.path:  # of a group; the others are known faults of signals
-                    found.add(fault.message, "phases", index, "train", fault.path)
-                elif fault.message.startswith("groups"):
-                    found.add(fault.message, "phases", index, "train")
-            continue
+        known = len(found.faults)
         with found.at("phases", index, "train"):
-            PartialStep(
-                model, partition, phase.train, optimizer=None, attack=attack, policy=build_policy(phase.normalization)
-            )
+            partition = Partition(model, phase_groups(recipe, phase))
+            if any(path[:3] == ("phases", index, "train") for path in found.paths[:known]):
+                continue  # without its signals there is no step to check
+            policy = build_policy(phase.normalization)
+            PartialStep(model, partition, phase.train, optimizer=None, attack=attack, policy=policy)
 
 
 class _Faults:
     """Collects faults under the place where they were written."""
 
     def __init__(self, place: Place) -> None:
-        self.place, self.faults = place, []
+        self.place = place
+        self.faults: list[Fault] = []
+        self.paths: list[Keys] = []  # where each of them is in the document
 
     def add(self, message: str, *path: str | int) -> None:
         """Note a fault at a path of the document."""
         at = self.place(tuple(path))
+        self.paths.append(tuple(path))
         self.faults.append(Fault(message, at.file, at.line, at.path or path_text(path)))
 
     def at(self, *path: str | int) -> _Collect:
-        """Return a context that notes a `UserError` as faults at `path` and goes on."""
-        return _Collect(self, path)
+        """Return a context that notes a `UserError` as faults at `path`, or what they name below it, and goes on."""
+        return _Collect(self, path, {})
+
+    def at_option(self, what: str | Mapping[str, Any], *path: str | int) -> _Collect:
+        """Return the same for something made from the options `what`: a fault of an option stands at the option."""
+        return _Collect(self, path, what if isinstance(what, Mapping) else {})
 
 
 class _Collect:
-    def __init__(self, faults: _Faults, path: Keys) -> None:
-        self.faults, self.path = faults, path
+    def __init__(self, faults: _Faults, path: Keys, options: Mapping[str, Any]) -> None:
+        self.faults, self.path, self.options = faults, path, options
 
     def __enter__(self) -> None:
         return None
@@ -274,6 +278,14 @@ class _Collect:
         if not isinstance(error, UserError):
             return False
         for fault in error.faults:
-            place = f"{fault.file}: " if fault.file else ""
-            self.faults.add(place + fault.message, *self.path)
+            message, path = fault.message, (*self.path, *((fault.path,) if fault.path else ()))
+            option, colon, rest = message.partition(": ")
+            if colon and option in self.options:
+                message, path = rest, (*path, option)
+            elif (unknown := _UNKNOWN_OPTION.match(message)) and unknown[1] in self.options:
+                path = (*path, unknown[1])
+            self.faults.add(f"{fault.file}: {message}" if fault.file else message, *path)
         return True
+
+
+_UNKNOWN_OPTION = re.compile(r"unknown option of \w+ '(\w+)'")
