@@ -13,15 +13,23 @@ from robustlayers import report
 from robustlayers.study.summary import Summary
 
 
-@pytest.fixture(scope="session")
-def fake() -> ModuleType:
-    name = "robustlayers_tests_report_fake"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("fake.py"))
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"report_tests_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fake() -> ModuleType:
+    return _load("fake")
+
+
+@pytest.fixture(scope="session")
+def html() -> ModuleType:
+    return _load("html_tables")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-VOID = {"meta", "img", "br", "path", "line", "circle", "rect", "use"}
+VOID = {"meta", "img", "br"}
 
 
 @dataclass
@@ -52,6 +52,8 @@ class Page(HTMLParser):
             self._row = []
         elif tag in ("td", "th"):
             self._cell, self._attributes = [], found
+        elif tag == "small" and self._cell is not None:
+            self._cell.append(" ")
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)

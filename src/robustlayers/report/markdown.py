@@ -22,7 +22,8 @@ def inline(text: str) -> str:
     'a\\\\|b &lt;script&gt; \\\\*c\\\\*'
     """
     text = _SPECIAL.sub(r"\\\1", " ".join(text.split()))
-    text = re.sub(r"^([-+>]|\d+[.)])(?=\s)", r"\\\1", text)  # no list, no quotation
+    text = re.sub(r"^(?=[-+=])", r"\\", text)  # no list, no rule, no underlined heading
+    text = re.sub(r"^(\d+)(?=[.)](?:\s|$))", r"\1\\", text)  # no numbered list
     return escape(text, quote=False)
 
 

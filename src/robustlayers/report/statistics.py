@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from robustlayers.study.statistics import t_interval
 
-__all__ = ["Interval", "interval", "pareto"]
+__all__ = ["Interval", "interval", "pareto", "reach"]
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,19 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[int]:
         if not any(u >= x and v >= y and (u > x or v > y) for u, v in found)
     ]
     return sorted(best, key=lambda position: (found[position][0], -found[position][1], position))
+
+
+def reach(marks: Sequence[float], ends: Sequence[float], most: float = 0.5) -> tuple[float, float]:
+    """Return a scale that holds all `marks`, and of the `ends` of intervals what lies near enough not to dwarf them.
+
+    `most` is how far the scale may go beyond the marks on each side, as a share of their span.
+
+    >>> reach([0.2, 0.4], [0.15, 0.45]), reach([0.2, 0.4], [-3.0, 3.0]), reach([], [])
+    ((0.15, 0.45), (0.1, 0.5), (0.0, 1.0))
+    """
+    if not marks:
+        return 0.0, 1.0
+    low, high = min(marks), max(marks)
+    room = most * (high - low)
+    lowest, highest = min([low, *ends]), max([high, *ends])
+    return max(lowest, low - room), min(highest, high + room)

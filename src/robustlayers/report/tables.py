@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from robustlayers.report.answer import difference, in_points
@@ -181,9 +181,16 @@ def groups(phase: PhaseLine) -> Table:
     return Table("groups", "", columns, blocks)
 
 
-def _range(numbers: Sequence[float], form: str) -> str:
-    low, high = min(numbers), max(numbers)
-    return format(low, form) if format(low, form) == format(high, form) else f"{low:{form}} to {high:{form}}"
+def _range(texts: Sequence[str]) -> str:
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
+
+
+def _counts(numbers: Iterable[int]) -> str:
+    return _range([count(number) for number in sorted(numbers)])
+
+
+def _sizes(numbers: Iterable[float]) -> str:
+    return _range([f"{number:#.3g}".rstrip(".") if number else "0" for number in sorted(numbers)])
 
 
 def ledger(arm: Arm) -> Table:
@@ -203,17 +210,17 @@ def ledger(arm: Arm) -> Table:
                     Cell(signal),
                     Cell(kept, f"broken in seed {listing(faults)}" if faults else "", kind="bad" if faults else ""),
                     Cell(
-                        _range([line.moved_parameters for line in lines], ",d"),
+                        _counts(line.moved_parameters for line in lines),
                         f"of {count(lines[0].parameters)}",
                         max(line.moved_parameters for line in lines),
                     ),
                     Cell(
-                        _range([line.moved_buffers for line in lines], ",d"),
+                        _counts(line.moved_buffers for line in lines),
                         f"of {count(lines[0].buffers)}",
                         max(line.moved_buffers for line in lines),
                     ),
-                    Cell(_range([line.relative_l2 for line in lines], ".3g"), "", lines[0].relative_l2),
-                    Cell(_range([line.largest for line in lines], ".3g"), "", lines[0].largest),
+                    Cell(_sizes(line.relative_l2 for line in lines), "", lines[0].relative_l2),
+                    Cell(_sizes(line.largest for line in lines), "", lines[0].largest),
                 ]
             ]
         )

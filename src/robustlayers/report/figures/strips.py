@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from robustlayers.report import style
 from robustlayers.report.answer import Standing, in_points
-from robustlayers.report.statistics import Interval
+from robustlayers.report.statistics import Interval, reach
 from robustlayers.report.wording import percent, points
 from robustlayers.study.summary import ClaimResult
 
@@ -78,12 +78,12 @@ def standing_strip(one: Standing, position: int) -> Markup:
 
 
 def domain(claims: Sequence[ClaimResult]) -> tuple[float, float]:
-    """Return the common scale of all claim strips: it holds zero and every interval and difference."""
-    ends = [0.0]
-    for claim in filter(in_points, claims):
-        ends.extend(claim.differences)
-        ends.extend(end for end in (claim.low, claim.high, claim.mean) if end is not None)
-    low, high = min(ends), max(ends)
+    """Return the common scale of all claim strips: it holds zero, every difference, and the intervals near them."""
+    told = [claim for claim in claims if in_points(claim)]
+    low, high = reach(
+        [0.0, *(value for claim in told for value in claim.differences)],
+        [end for claim in told for end in (claim.low, claim.high) if end is not None],
+    )
     pad = 0.04 * (high - low) or 0.01
     return low - pad, high + pad
 
@@ -111,7 +111,7 @@ def claim_strip(claim: ClaimResult, scale: tuple[float, float]) -> Markup:
 
     inside = [_line(0, 1, "var(--rule)", 1), _tick(at(0.0), 9, "var(--muted)")]
     if claim.low is not None and claim.high is not None:
-        inside.append(_line(at(claim.low), at(claim.high), "var(--ink)", 7, ' opacity="0.25"'))
+        inside.append(_line(max(at(claim.low), 0), min(at(claim.high), 1), "var(--ink)", 7, ' opacity="0.25"'))
     inside += [
         f'<circle cx="{100 * at(value):.2f}%" cy="{_MIDDLE}" r="2.2" fill="var(--paper)" stroke="var(--ink)"/>'
         for value in claim.differences

@@ -11,7 +11,7 @@ from robustlayers.report import style
 from robustlayers.report.figures import Drawing
 from robustlayers.report.figures.labels import Box, place, width_of
 from robustlayers.report.measured import accuracy, values
-from robustlayers.report.statistics import Interval, pareto
+from robustlayers.report.statistics import Interval, pareto, reach
 from robustlayers.report.svg import to_svg
 from robustlayers.report.wording import listing, slugs
 from robustlayers.study.summary import Arm, Summary
@@ -85,20 +85,24 @@ def _front(summary: Summary, checkpoint: str) -> list[int]:
 
 
 def _limits(summary: Summary, checkpoints: list[str]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Axes that hold every mark of every checkpoint, and the intervals as far as they lie in [0, 1]; in percent."""
-    sides: tuple[list[float], list[float]] = ([], [])
-    for checkpoint in checkpoints:
-        for arm in summary.arms:
-            for side, metric in zip(sides, ("clean", "robust"), strict=True):
-                found = accuracy(arm, checkpoint, metric)
-                side.extend(values(arm, checkpoint, metric).values())
-                side.extend(min(max(end, 0.0), 1.0) for end in (found.low, found.high) if end is not None)
+    """Axes that hold every mark of every checkpoint and the intervals near them, in percent.
+
+    With two seeds an interval may be wider than all accuracies there are: it then runs out of the picture.
+    """
     ends = []
-    for side in sides:
-        low, high = (100 * min(side), 100 * max(side)) if side else (0.0, 100.0)
-        pad = max(0.09 * (high - low), 2.0)
-        ends.append((low - pad, min(high + pad, 100 + pad / 2)))
+    for metric in ("clean", "robust"):
+        known = [(arm, one) for one in checkpoints for arm in summary.arms]
+        low, high = reach(
+            [value for arm, one in known for value in values(arm, one, metric).values()],
+            [end for arm, one in known for end in _clipped(accuracy(arm, one, metric))],
+        )
+        pad = max(9 * (high - low), 2.0)
+        ends.append((100 * low - pad, min(100 * high + pad, 100 + pad / 2)))
     return ends[0], ends[1]
+
+
+def _clipped(found: Interval) -> list[float]:
+    return [min(max(end, 0.0), 1.0) for end in (found.low, found.high) if end is not None]
 
 
 def _draw(
@@ -123,7 +127,10 @@ def _draw(
     lost = [arm.name for arm in summary.arms if arm.name not in drawn]
     caption = "How to read: up is more robust, right is more accurate on clean images, so the upper right corner is the best. "
     if len(summary.seeds) > 1:
-        caption += "A small mark is one seed, the large one the mean of its arm, the cross its 95% t intervals."
+        caption += (
+            "A small mark is one seed, the large one the mean of its arm, the cross its 95% t intervals, which may run "
+            "out of the picture."
+        )
     else:
         caption += "A mark is the one seed of its arm."
     if len(_front(summary, checkpoint)) > 1:
