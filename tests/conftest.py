@@ -19,7 +19,13 @@ settings.load_profile("repeatable")
 
 def _mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        nn.Flatten(),
+        nn.Linear(64, 7),
+        nn.BatchNorm1d(7),
+        nn.ReLU(),
+        nn.Linear(7, 5),
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 3),
     )
 
 

@@ -34,6 +34,7 @@ def _train() -> tuple[nn.Module, Tensor, Tensor]:
         for parameter in net.parameters():
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+        net[0].bias.zero_(), net[4].bias.zero_(), net[6].bias.zero_()  # torch drew them from its global state
     for _ in range(100):  # plain gradient descent: importing torch's optimizers takes longer than all of this
         slopes = torch.autograd.grad(nn.functional.cross_entropy(net(x), y), list(net.parameters()))
         with torch.no_grad():

@@ -92,6 +92,7 @@ def test_the_worst_case_is_right_under_all_and_each_row_is_the_attacks_own(train
     for name, attack in attacks.items():
         assert torch.equal(rows[name], correct(model, x, y, attack))
         assert torch.all(rows["clean"] | ~rows[name])
+    assert torch.equal(worst_case(model, x, y, {})["robust"], rows["clean"])
     assert int(rows["robust"].sum()) < int(rows["fgsm"].sum()) < int(rows["weak"].sum())
 
 

@@ -6,7 +6,7 @@ from robustlayers.attacks.guard import guard
 from robustlayers.attacks.losses import LOSSES, Loss, find_loss, is_correct
 from robustlayers.attacks.noise import Noise
 from robustlayers.attacks.pgd import PGD
-from robustlayers.attacks.registry import ATTACKS, Attack, label, parse
+from robustlayers.attacks.registry import ATTACKS, Attack, is_own, label, parse
 from robustlayers.attacks.threat import L2, NORMS, Linf, Threat
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "find_loss",
     "guard",
     "is_correct",
+    "is_own",
     "label",
     "parse",
 ]

@@ -16,7 +16,7 @@ from robustlayers.attacks.pgd import PGD
 from robustlayers.attacks.threat import Threat
 from robustlayers.core.errors import UserError, one_of
 
-__all__ = ["ATTACKS", "Attack", "label", "parse"]
+__all__ = ["ATTACKS", "Attack", "is_own", "label", "parse"]
 
 ATTACKS: dict[str, type[Any]] = {"apgd": APGD, "fgsm": FGSM, "noise": Noise, "pgd": PGD}
 
@@ -55,6 +55,14 @@ def parse(what: str | Mapping[str, Any], threat: Threat) -> Attack:
         if key in short:
             raise UserError(f"{key}: given twice, in the name {text!r} and as an option")
     return kind(threat=threat, **short, **options)
+
+
+def is_own(attack: Any) -> bool:
+    """Tell whether an attack is one of `ATTACKS`: it only calls its `forward`, so an equivalent function will do.
+
+    A foreign attack may count on a module with modes and parameters.
+    """
+    return type(attack) in ATTACKS.values()
 
 
 def label(attack: Any) -> str:

@@ -1,11 +1,13 @@
 """`robustlayers`: the commands, and how mistakes end.
 
 Exit codes: 0 all done; 1 a run failed or a check found damage; 2 a mistake in what was asked, one line each on standard
-error, nothing written; 130 and 143 stopped by Ctrl-C or SIGTERM, to be gone on with by the same command.
+error, nothing written; 130 and 143 stopped by Ctrl-C or SIGTERM, to be gone on with by the same command; 141 nobody
+reads the output.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,6 +29,8 @@ _COMMANDS: dict[str, Any] = {
     "data": data.data,
 }
 
+_STOPPED = "stopped; the same command goes on from here"
+
 _DESCRIPTION = (
     "Which layers of a network should learn from adversarial examples, and how should its normalization layers be "
     "treated while they do? A study is one YAML file; see studies/quickstart.yaml."
@@ -47,11 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _COMMANDS, prog="robustlayers", description=_DESCRIPTION, args=arguments, sort_subcommands=False
         )
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print(_STOPPED, file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `robustlayers rows DIR | head`
-        sys.stderr.close()
-        sys.exit(0)
+    except _Terminated:
+        print(_STOPPED, file=sys.stderr)
+        raise
+    except BrokenPipeError:  # `robustlayers rows DIR | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         from robustlayers.core.errors import UserError
 
@@ -63,5 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code or 0)
 
 
+class _Terminated(SystemExit):
+    """Raised where SIGTERM arrives, so that workers are ended and files closed on the way out."""
+
+
 def _terminate(number: int, frame: Any) -> None:
-    sys.exit(128 + number)
+    raise _Terminated(128 + number)

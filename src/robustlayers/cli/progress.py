@@ -41,10 +41,6 @@ class Display:
         else:
             self.line(f"{self.name}: {len(jobs)} jobs")
 
-    def text(self, key: str) -> str:
-        """Return what a job is about."""
-        return self.jobs[key].text if key in self.jobs else key
-
     def event(self, event: Event) -> None:
         """Show an event."""
         job = self.jobs[event.key]
@@ -53,7 +49,7 @@ class Display:
             share = facts["done"] / max(1, facts["of"])
             if job.epochs:
                 self.parts[event.key] = min(1.0, (facts["epoch"] + share) / job.epochs)
-        elif event.kind in ("done", "failed"):
+        elif event.kind in ("done", "stopped", "failed"):
             self.parts[event.key] = 1.0
         elif event.kind == "epoch":
             self.parts[event.key] = facts["done"] / facts["of"]
@@ -66,6 +62,8 @@ class Display:
             self.line(f"{job.text}: test clean {facts['clean']:.1%} robust {facts['robust']:.1%}  {self.status()}")
         if event.kind == "failed":
             self.line(f"{job.text}: FAILED: {facts['reason']}")
+        if event.kind == "stopped":
+            self.line(f"{job.text}: DIVERGED: {facts['reason']}")
         self.refresh(event, job)
 
     @property
@@ -108,7 +106,7 @@ class _Bars(Display):
         if event.kind == "started":
             self.bars[event.key] = self.progress.add_task(f"  {job.text}", total=1.0, note="")
         elif event.key in self.bars:
-            if event.kind in ("done", "failed"):
+            if event.kind in ("done", "stopped", "failed"):
                 self.progress.remove_task(self.bars.pop(event.key))
             elif event.kind == "batch" and not job.epochs:
                 note = str(event.facts.get("what", ""))

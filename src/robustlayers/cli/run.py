@@ -55,9 +55,9 @@ def run(
             on_event=display.event,
         )
     for key, reason in outcome.diverged.items():
-        print(f"diverged: {display.text(key)}: {reason}", file=sys.stderr)
+        print(f"diverged: {outcome.texts[key]}: {reason}", file=sys.stderr)
     for key, reason in outcome.failed.items():
-        print(f"failed: {display.text(key)}: {reason}", file=sys.stderr)
+        print(f"failed: {outcome.texts[key]}: {reason}", file=sys.stderr)
     store = Store(folder)
     page = write(collect(store), store.report)
     print(f"report: {page}")

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robustlayers.selection.inventory import is_norm
 
@@ -73,14 +73,16 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 def _set(module: nn.Module, by: str, update: bool, undo: list[Callable[[], object]], *, moving: bool) -> None:
     module.training = by == "batch"
-    buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
-    if not buffers:  # no running statistics: nothing to keep still, nothing to update
-        return
+    if not any(buffer is not None for buffer in module._buffers.values()):
+        return  # no running statistics: nothing to keep still, nothing to update
+    current = vars(module).get("forward")
+    if isinstance(current, _UpdatingForward):  # of a context around this one
+        undo.append(partial(setattr, module, "forward", current))
+        module.forward = current.plain
     if update:
         if by == "running":
-            undo.append(lambda: module._buffers.update(buffers))
-            undo.append(module.register_forward_pre_hook(lambda *_: _lend_copies(module, buffers)).remove)
-            undo.append(module.register_forward_hook(_updating(buffers), with_kwargs=True).remove)
+            undo.append(partial(_put_back, module, "forward", vars(module).get("forward")))
+            module.forward = _UpdatingForward(module)
         return
     # Instance norm hands its buffers on whenever it normalizes by the input.
     known = isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.nn.")
@@ -88,24 +90,41 @@ def _set(module: nn.Module, by: str, update: bool, undo: list[Callable[[], objec
         undo.append(partial(setattr, module, "track_running_stats", module.track_running_stats))
         setattr(module, "track_running_stats", False)  # noqa: B010
     elif moving or not known:
-        undo.append(lambda: module._buffers.update(buffers))
-        _lend_copies(module, buffers)
+        undo.append(_lend_copies(module))
 
 
-def _lend_copies(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    module._buffers.update({name: buffer.detach().clone() for name, buffer in buffers.items()})
+def _put_back(module: nn.Module, name: str, value: object) -> None:
+    if value is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, value)
 
 
-def _updating(buffers: Mapping[str, Tensor]) -> Callable[..., None]:
-    """Return a hook for a layer that has normalized by copies of its running statistics: it updates the real ones."""
+def _lend_copies(module: nn.Module) -> Callable[[], None]:
+    """Put copies in the place of the buffers; return what puts the buffers back."""
+    buffers = dict(module._buffers)
+    module._buffers.update(
+        {name: None if buffer is None else buffer.detach().clone() for name, buffer in buffers.items()}
+    )
+    return lambda: module._buffers.update(buffers)
 
-    @torch.no_grad()
-    def update(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: object) -> None:
-        module._buffers.update(buffers)
-        module.training = True
+
+class _UpdatingForward:
+    """The forward of a layer that normalizes by its running statistics and updates them by the batch afterwards."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.plain = module, module.forward
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        put_back = _lend_copies(self.module)  # the update must not reach what autograd keeps for the backward
         try:
-            module.forward(*inputs, **named)  # a second forward: each kind of layer knows its own update
+            output = self.plain(*inputs, **named)
         finally:
-            module.training = False
-
-    return update
+            put_back()
+        self.module.training = True
+        try:
+            with torch.no_grad():
+                self.plain(*inputs, **named)  # each kind of layer knows its own update
+        finally:
+            self.module.training = False
+        return output

@@ -169,7 +169,9 @@ class _Parser:
         named: list[tuple[str, Node]] = []
         while not self.peek(")"):
             if positional or named:
-                self.expect(",")
+                if not self.peek(","):
+                    raise self.error("expected ',' or ')'")
+                self.take()
             kind, text, position = self.tokens[self.place] if self.place < len(self.tokens) else ("", "", 0)
             follows = self.tokens[self.place + 1][:2] if self.place + 1 < len(self.tokens) else ("", "")
             if kind == "name" and follows == ("mark", "="):

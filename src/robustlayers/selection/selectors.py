@@ -7,24 +7,29 @@ module. Without wild cards a name is a tensor's or a module's exact name (a modu
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustlayers.core.errors import UserError, one_of
-from robustlayers.core.random import stream
+from robustlayers.selection.arguments import Arguments
 from robustlayers.selection.grammar import Binary, Call, Name, Node, Not, Number, parse
 from robustlayers.selection.inventory import Entry, Inventory, is_norm
 from robustlayers.selection.layout import layout_of
+from robustlayers.selection.order import order_of
+from robustlayers.selection.ordered import after, before, depth, first, last, unused
+from robustlayers.selection.partial import channels, random_channels, random_entries
 from robustlayers.selection.selection import Selection
 
 __all__ = ["FUNCTIONS", "KEYWORDS", "resolve", "select"]
 
 
-def select(model: nn.Module, selector: str) -> list[str]:
+def select(model: nn.Module, selector: str, example: Tensor | None = None) -> list[str]:
     """Return the names of the tensors (parameters and buffers) that `selector` picks from `model`.
+
+    Selectors of execution order, such as `before("layer2")`, run the model once, on `example` if one is given (see
+    `execution_order`).
 
     Raises `UserError` for a syntax error, an unknown name (with the nearest ones) and an empty selection.
 
@@ -32,7 +37,10 @@ def select(model: nn.Module, selector: str) -> list[str]:
     >>> select(net, "norm.weight | linear.bias")
     ['1.weight', '3.bias']
     """
-    return list(resolve(Inventory(model), selector))
+    inventory = Inventory(model)
+    if example is not None:
+        order_of(inventory, example)
+    return list(resolve(inventory, selector))
 
 
 def resolve(inventory: Inventory, selector: str) -> Selection:
@@ -86,6 +94,7 @@ KEYWORDS: dict[str, Callable[[Inventory], Selection]] = {
     "stem": _stem,
     "head": _head,
     "shortcut": _shortcut,
+    "unused": unused,
 }
 
 _STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
@@ -119,43 +128,12 @@ def _modules(inventory: Inventory, prefixes: tuple[str, ...], what: str) -> Sele
     return Selection(inventory, names)
 
 
-@dataclass(frozen=True)
-class _Arguments:
-    """The arguments of a call, with the checks that every function needs."""
-
-    call: Call
-    inventory: Inventory
-
-    def bind(self, *positional: str, named: tuple[str, ...] = ()) -> dict[str, Node]:
-        names = (*positional, *named)
-        if len(self.call.positional) > len(positional):
-            raise UserError(f"selector function {self.call.name!r} takes {', '.join(names)}")
-        bound = dict(zip(positional, self.call.positional, strict=False))
-        for key, node in self.call.named:
-            if key not in names:
-                raise UserError(one_of(f"argument of {self.call.name}()", key, names))
-            if key in bound:
-                raise UserError(f"selector function {self.call.name!r}: {key!r} is given twice")
-            bound[key] = node
-        return bound
-
-    def whole_number(self, bound: dict[str, Node], key: str, least: int, default: int | None = None) -> int:
-        if key not in bound:
-            if default is None:
-                raise UserError(f"selector function {self.call.name!r} needs {key}")
-            return default
-        node = bound[key]
-        if not isinstance(node, Number) or node.value != int(node.value) or node.value < least:
-            raise UserError(f"selector function {self.call.name!r}: {key} must be a whole number of at least {least}")
-        return int(node.value)
-
-
-def _stage(arguments: _Arguments) -> Selection:
+def _stage(arguments: Arguments) -> Selection:
     index = arguments.whole_number(arguments.bind("i"), "i", 1)
     return _modules(arguments.inventory, _stages(arguments.inventory, index), f"stage {index}")
 
 
-def _block(arguments: _Arguments) -> Selection:
+def _block(arguments: Arguments) -> Selection:
     bound = arguments.bind("stage", "block")
     stage = arguments.whole_number(bound, "stage", 1)
     block = arguments.whole_number(bound, "block", 1)
@@ -178,65 +156,50 @@ def _stages(inventory: Inventory, index: int) -> tuple[str, ...]:
     return stages[index - 1]
 
 
-def _type(arguments: _Arguments) -> Selection:
-    """`type(BatchNorm2d)`: modules of a class of that name, or of a subclass of it."""
+def _type(arguments: Arguments) -> Selection:
+    """`type(BatchNorm2d)`: all tensors of modules of a class of that name, or of a subclass of it."""
     node = arguments.bind("name").get("name")
     if not isinstance(node, Name):
         raise UserError("selector function 'type' needs the name of a class, as in type(BatchNorm2d)")
-    names = [
-        entry.name
-        for entry in arguments.inventory
-        if any(parent.__name__ == node.text for owner in entry.owners for parent in type(owner).__mro__)
-    ]
-    if not names:
-        classes = {type(owner).__name__ for entry in arguments.inventory for owner in entry.owners}
-        raise UserError(one_of("module type", node.text, classes))
-    return Selection(arguments.inventory, names)
+    modules = arguments.inventory.modules()
+    found = tuple(
+        f"{name}." if name else ""  # the model itself is the module without a name
+        for name, module in modules.items()
+        if any(parent.__name__ == node.text for parent in type(module).__mro__)
+    )
+    if not found:
+        raise UserError(one_of("module type", node.text, {type(module).__name__ for module in modules.values()}))
+    return Selection(
+        arguments.inventory,
+        [entry.name for entry in arguments.inventory if any(alias.startswith(found) for alias in entry.names)],
+    )
 
 
-def _random(arguments: _Arguments) -> Selection:
-    """`random(like=S, of=T, seed=0)`: as many parameter entries as S has, scattered uniformly over the parameters of T.
-
-    T is every parameter outside of S unless given. The draw depends on the seed and the number of entries to draw from
-    only. The control of Frankle et al. 2021 (section 5) for "is it the norm layers or just so many parameters".
-    """
-    bound = arguments.bind(named=("like", "of", "seed"))
-    if "like" not in bound:
-        raise UserError("selector function 'random' needs like=SELECTOR, as in random(like=norm, seed=0)")
-    inventory = arguments.inventory
-    like = _evaluate(bound["like"], inventory)
-    seed = arguments.whole_number(bound, "seed", 0, default=0)
-    pool = _evaluate(bound["of"], inventory) if "of" in bound else ~like
-    pool = Selection(inventory, {name: mask for name, mask in pool.parts.items() if not inventory.entries[name].buffer})
-    count, available = like.parameters, pool.parameters
-    if count == 0:
-        raise UserError("selector function 'random': like= picks no parameters")
-    if count > available:
-        raise UserError(f"selector function 'random': {count} entries wanted, only {available} to draw from")
-    order = torch.randperm(available, generator=stream(seed, "random-selector"))
-    drawn = torch.zeros(available, dtype=torch.bool)
-    drawn[order[:count]] = True
-    parts: dict[str, torch.Tensor | None] = {}
-    start = 0
-    for name, mask in pool.parts.items():
-        shape = inventory.entries[name].tensor.shape
-        size = pool.count(name)
-        taken = drawn[start : start + size]
-        start += size
-        full = torch.zeros(shape.numel(), dtype=torch.bool)
-        if mask is None:
-            full[:] = taken
-        else:
-            full[mask.flatten()] = taken
-        parts[name] = full.view(shape)
-    return Selection(inventory, parts)
+def _regex(arguments: Arguments) -> Selection:
+    r"""`regex("layer[12]\..*")`: tensors, and modules with all their tensors, whose whole name the expression matches."""
+    node = arguments.bind("expression").get("expression")
+    if not isinstance(node, Name) or not node.quoted:
+        raise UserError(r"selector function 'regex' needs a quoted expression, as in regex('layer[12]\..*')")
+    try:
+        matches = re.compile(node.text).fullmatch
+    except re.error as error:
+        raise UserError(f"selector function 'regex': {node.text!r} is no regular expression: {error}") from None
+    return _matching(arguments.inventory, matches, f"regular expression {node.text!r}")
 
 
-FUNCTIONS: dict[str, Callable[[_Arguments], Selection]] = {
+FUNCTIONS: dict[str, Callable[[Arguments], Selection]] = {
     "stage": _stage,
     "block": _block,
     "type": _type,
-    "random": _random,
+    "random": random_entries,
+    "random_channels": random_channels,
+    "channels": channels,
+    "before": before,
+    "after": after,
+    "first": first,
+    "last": last,
+    "depth": depth,
+    "regex": _regex,
 }
 
 
@@ -249,7 +212,7 @@ def _evaluate(node: Node, inventory: Inventory) -> Selection:
     if isinstance(node, Call):
         if node.name not in FUNCTIONS:
             raise UserError(one_of("selector function", node.name, FUNCTIONS))
-        return FUNCTIONS[node.name](_Arguments(node, inventory))
+        return FUNCTIONS[node.name](Arguments(node, inventory, _evaluate, KEYWORDS))
     if isinstance(node, Number):
         raise UserError(f"{node.value:g} is not a selector")
     return _named(node, inventory)
@@ -275,21 +238,22 @@ def _named(node: Name, inventory: Inventory) -> Selection:
         raise UserError(f"module {node.text!r} has no tensors to select")
     if node.text == "rest":
         raise UserError("'rest' stands alone, as the last group of a partition")
-    known = [*KEYWORDS, *(f"{k}.{p}" for k in ("norm", "conv", "linear") for p in _PARTS), "rest"]
-    known += [name for name in modules if name] + list(inventory.canonical)
+    known = [name for name in modules if name] + list(inventory.canonical)
+    if node.quoted:
+        raise UserError(one_of("module or tensor", node.text, known))
+    known += [*KEYWORDS, *(f"{k}.{p}" for k in ("norm", "conv", "linear") for p in _PARTS), "rest"]
     raise UserError(one_of("selector", node.text, known))
 
 
 def _glob(pattern: str, inventory: Inventory) -> Selection:
-    modules = [name for name in inventory.modules() if name and fnmatch.fnmatchcase(name, pattern)]
+    return _matching(inventory, lambda name: fnmatch.fnmatchcase(name, pattern), f"selector {pattern!r}")
+
+
+def _matching(inventory: Inventory, matches: Callable[[str], object], what: str) -> Selection:
+    modules = tuple(f"{name}." for name in inventory.modules() if name and matches(name))
     names = [
-        entry.name
-        for entry in inventory
-        if any(
-            fnmatch.fnmatchcase(alias, pattern) or any(alias.startswith(f"{module}.") for module in modules)
-            for alias in entry.names
-        )
+        entry.name for entry in inventory if any(matches(alias) or alias.startswith(modules) for alias in entry.names)
     ]
     if not names:
-        raise UserError(f"selector {pattern!r} matches no tensor and no module")
+        raise UserError(f"{what} matches no tensor and no module")
     return Selection(inventory, names)

@@ -87,7 +87,7 @@ def _plan(store: Store) -> dict[str, Any]:
 
 def _rows(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], seed: int) -> list[Row]:
     folder = store.result(arm["run"], seed)
-    if not store.finished(folder):
+    if not store.whole(folder):
         return []
     base = {"study": plan["name"], "arm": arm["name"], "levels": arm["levels"], "run": arm["run"], "seed": seed}
     rows = [Row(**base, **row) for row in read_json(folder / "rows.json")]
@@ -100,7 +100,9 @@ def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: li
     curves: dict[int, list[CurvePoint]] = {}
     ledger: list[LedgerLine] = []
     for seed in plan["seeds"]:
-        status[seed] = "finished" if store.finished(store.result(arm["run"], seed)) else "missing"
+        status[seed] = "finished" if store.whole(store.result(arm["run"], seed)) else "missing"
+        if status[seed] == "missing" and (failure := store.failure(store.result(arm["run"], seed))):
+            status[seed], reasons[seed] = failure
         time = 0.0
         points: list[CurvePoint] = []
         for phase in arm["phases"]:
@@ -108,7 +110,7 @@ def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: li
             failure = store.failure(folder)
             if failure and status[seed] == "missing":
                 status[seed], reasons[seed] = failure
-            if not store.finished(folder):
+            if not store.whole(folder):
                 break
             clock = read_json(folder / "time.json")
             time += clock["seconds"]
@@ -214,7 +216,7 @@ def _pictures(store: Store, plan: Mapping[str, Any], arms: list[Arm]) -> Picture
     found = {}
     for arm in arms:
         folder = store.result(arm.run, seed)
-        if store.finished(folder):
+        if store.whole(folder):
             found[arm.name] = read_tensors(folder / "pictures.safetensors")
     if not found:
         return None

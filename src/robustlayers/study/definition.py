@@ -96,7 +96,7 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
     arms, found = _arms(config, value, document, changed)
     faults += found
     claims: list[tuple[str, Claim]] = []
-    if not any(keys[0] in ("attack", "evaluate", "factors") for keys in wrong):
+    if not any(keys[0] in ("evaluate", "factors") for keys in wrong) and all(config.factors.values()):
         claims, found = _claims(config, place)
         faults += found
     faults += _seeds(config, place)
@@ -109,25 +109,34 @@ def _in_order(faults: Iterable[Fault]) -> list[Fault]:
     return sorted(dict.fromkeys(faults), key=lambda fault: fault.line or 0)
 
 
-_STAND_INS: dict[Keys, Any] = {("question",): "?", ("threat", "norm"): "linf", ("threat", "eps"): "8/255"}
-
-
 def _without(value: Any, wrong: Iterable[Keys]) -> Any:
-    """Return the document without what is wrong at these paths, as far as the rest can be judged without it."""
+    """Return the document without what is wrong at these paths, so that the rest of it can be judged.
+
+    What a recipe cannot do without gets a value that causes no fault of its own; where there is none, nothing is left.
+    """
     value = copy.deepcopy(value)
     for path in sorted(wrong, key=len, reverse=True):
-        if path[0] == "groups" or "train" in path:
-            return {}  # a group less, and every other one of its phase would be at fault
-        box = value
+        if path[0] == "groups":
+            return {}  # whatever uses the group would be at fault
         keys = list(path)
-        while any(isinstance(key, int) for key in keys[1:]) and keys[0] != "phases":
-            keys.pop()  # a whole list goes, since positions in it stand in other messages
+        while keys[0] != "phases" and any(isinstance(key, int) for key in keys):
+            keys.pop()  # the whole list goes, since positions in it stand in other messages
+        if keys[0] == "phases" and keys[2:3] == ["train"]:
+            keys = keys[:4]
+        box: Any = value
         for key in keys[:-1]:
-            box = box.get(key) if isinstance(box, dict) else box[key] if isinstance(box, list) else None
+            box = box.get(key) if isinstance(box, dict) else box[int(key)] if isinstance(box, list) else None
         if isinstance(box, dict):
             box.pop(keys[-1], None)
-            if path in _STAND_INS:
-                box[keys[-1]] = _STAND_INS[path]
+            if len(keys) == 4 and keys[2] == "train":
+                box[keys[-1]] = "natural"  # a group less, and the phase would leave out its tensors
+    value.setdefault("question", "?")
+    if isinstance(value.get("threat"), dict):
+        value["threat"] = {"norm": "linf", "eps": "8/255", **value["threat"]}
+    for phase in value.get("phases") or ():
+        if isinstance(phase, dict):
+            phase.setdefault("epochs", 1)
+            phase.setdefault("train", {"all": "natural"})
     return value
 
 
@@ -177,13 +186,17 @@ def _arms(
         if not levels:
             line = document.line(("factors", factor))
             faults.append(Fault("needs at least one level", document.file, line, f"factors.{factor}"))
+    names = [phase.name for phase in config.phases]
+    if len(set(names)) < len(names) or any(name.isdigit() for name in names):  # patches could not name a phase
+        return [], faults + _recipe(config, value, {}, document, changed)[1]
     arms: dict[str, ArmDefinition] = {}
     owners: dict[Fault, list[str]] = {}
     for combination in itertools.product(*config.factors.values()):
         levels = dict(zip(config.factors, combination, strict=True))
         name = ", ".join(levels.values()) or config.name or "default"
         if name in arms:
-            faults.append(Fault(f"two arms would be called {name!r}; rename a level", document.file, path="factors"))
+            text = f"two arms would be called {name!r}; rename a level"
+            faults.append(Fault(text, document.file, document.line(("factors",)), "factors"))
         recipe, found = _recipe(config, value, levels, document, changed)
         for fault in found:
             owners.setdefault(fault, []).append(name)
@@ -196,7 +209,21 @@ def _arms(
                 some = ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
                 fault = replace(fault, message=f"{fault.message} (in arm{'s' if len(names) > 1 else ''} {some})")
             faults.append(fault)
-    return list(arms.values()), faults
+    return list(arms.values()), faults or _twins(list(arms.values()), document)
+
+
+def _twins(arms: Sequence[ArmDefinition], document: yaml.Document) -> list[Fault]:
+    """Return a fault for each level that makes an arm the same as an earlier one."""
+    faults: dict[tuple[str, str], Fault] = {}
+    for index, arm in enumerate(arms):
+        for other in arms[:index]:
+            differing = [factor for factor, level in arm.levels.items() if other.levels[factor] != level]
+            if len(differing) == 1 and arm.recipe == other.recipe:
+                key = (differing[0], arm.levels[differing[0]])
+                text = f"makes arm {arm.name!r} the same recipe as {other.name!r}; change something, or leave it out"
+                path = ("factors", *key)
+                faults.setdefault(key, Fault(text, document.file, document.line(path), yaml.path_text(path)))
+    return list(faults.values())
 
 
 def _recipe(
@@ -209,7 +236,9 @@ def _recipe(
     """Return the recipe of an arm, and what is wrong with it; None if it does not even fit the schema."""
     changed = list(changed)
     chosen = [(f"factors.{factor}.{level}", config.factors[factor][level]) for factor, level in levels.items()]
-    lines = {source: document.line(("factors", *pair)) for (source, _), pair in zip(chosen, levels.items(), strict=True)}
+    lines = {
+        source: document.line(("factors", *pair)) for (source, _), pair in zip(chosen, levels.items(), strict=True)
+    }
     faults = [
         fault.at(file=document.file, line=lines.get(fault.path or "")) for fault in patches.conflicts(chosen, value)
     ]

@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -17,7 +17,11 @@ import torch
 
 from robustlayers.core.errors import UserError
 
-__all__ = ["Event", "Task", "execute"]
+__all__ = ["Event", "Stopped", "Task", "execute"]
+
+
+class Stopped(Exception):
+    """Raised by a task that ended without a result for a known reason, such as divergence; the text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a task: `started`, `failed` (facts: reason), `done`, or what the task reported."""
+    """Something that happened to a task: `started`, `done`, `stopped` or `failed` (facts: reason), or what it reported."""
 
     key: str
     kind: str
@@ -42,12 +46,14 @@ class Event:
 
 OnEvent = Callable[[Event], None]
 
+_ENDS = ("done", "stopped", "failed")
+
 
 def execute(tasks: list[Task], *, workers: int, threads: int, on_event: OnEvent) -> None:
     """Run tasks in an order that respects their needs, and call `on_event` with what happens, in this process.
 
-    A task that raises is `failed`, those that need it are never started. With one worker everything runs in the calling
-    process; a worker that dies makes its task `failed`. An exception, such as Ctrl-C, ends all workers at once.
+    A task that raises is `stopped` or `failed`, those that need it are never started. With one worker everything runs
+    in the calling process; a worker that dies makes its task `failed`. An exception, such as Ctrl-C, ends all workers.
     """
     if workers <= 1:
         _in_process(tasks, threads, on_event)
@@ -74,6 +80,10 @@ class _Queue:
         task = max(ready, key=lambda task: task.size)
         del self.waiting[task.key]
         return task
+
+    def put_back(self, task: Task) -> None:
+        """Return a task that could not be started."""
+        self.waiting[task.key] = task
 
     def finish(self, key: str, ok: bool) -> None:
         """Note the end of a task; if it failed, drop all that need it."""
@@ -105,6 +115,8 @@ def _perform(task: Task, on_event: OnEvent) -> Event:
     """Do a task and return how it ended; what it reports goes to `on_event`."""
     try:
         task.function(*task.arguments, lambda kind, facts: on_event(Event(task.key, kind, dict(facts))))
+    except Stopped as stop:
+        return Event(task.key, "stopped", {"reason": str(stop)})
     except UserError as error:
         return Event(task.key, "failed", {"reason": "; ".join(str(fault) for fault in error.faults)})
     except Exception as error:
@@ -122,17 +134,25 @@ def _in_workers(tasks: list[Task], workers: int, threads: int, on_event: OnEvent
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_worker, args=(theirs, threads), daemon=True)
-            process.start()
+            with _ctrl_c_held_back():
+                process.start()
             theirs.close()
             pool[ours] = process
         idle = list(pool)
         while True:
             while idle and (task := queue.next()):
                 connection = idle.pop(0)
-                connection.send(task)
+                try:
+                    connection.send(task)
+                except OSError:  # it died while it had nothing to do
+                    del pool[connection]
+                    queue.put_back(task)
+                    continue
                 busy[connection] = task
                 on_event(Event(task.key, "started", {}))
             if not busy:
+                for task in queue.waiting.values():  # there is no one left to do them
+                    on_event(Event(task.key, "failed", {"reason": "no worker process is left"}))
                 return
             for connection in wait(list(busy)):
                 assert isinstance(connection, Connection)
@@ -145,17 +165,11 @@ def _in_workers(tasks: list[Task], workers: int, threads: int, on_event: OnEvent
                     event = Event(task.key, "failed", {"reason": f"the worker process died (exit code {code})"})
                     del busy[connection]
                     del pool[connection]
-                    if not pool:
-                        queue.finish(task.key, False)
-                        on_event(event)
-                        for other in list(queue.waiting.values()):
-                            on_event(Event(other.key, "failed", {"reason": "no worker process is left"}))
-                        return
                 else:
-                    if event.kind in ("done", "failed"):
+                    if event.kind in _ENDS:
                         del busy[connection]
                         idle.append(connection)
-                if event.kind in ("done", "failed"):
+                if event.kind in _ENDS:
                     queue.finish(task.key, event.kind == "done")
                 on_event(event)
     finally:
@@ -169,6 +183,19 @@ def _in_workers(tasks: list[Task], workers: int, threads: int, on_event: OnEvent
             process.join(timeout=5)
             if process.is_alive():
                 process.kill()
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Let a process be started that never sees Ctrl-C, not even while it imports; here it is only delayed."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _worker(connection: Connection, threads: int) -> None:

@@ -136,6 +136,7 @@ def _node(definition: ArmDefinition, phase: PhaseConfig, parent: str | None, fir
         for group, selector in phase_groups(recipe, phase).items()
     }
     monitor = recipe.evaluate.monitor
+    watching = build_attack(monitor.attack, recipe.threat)
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "parent": parent,
@@ -145,7 +146,7 @@ def _node(definition: ArmDefinition, phase: PhaseConfig, parent: str | None, fir
             "attack": asdict(attack) | {"kind": type(attack).__name__} if adversarial else None,
         },
         "monitor": {
-            "attack": asdict(build_attack(monitor.attack, recipe.threat)),
+            "attack": asdict(watching) | {"kind": type(watching).__name__},
             "images": monitor.images,
             "select": _select(recipe, phase),
             "batch_size": recipe.evaluate.batch_size,

@@ -38,7 +38,8 @@ class Outcome:
     """How a run of a study ended."""
 
     failed: dict[str, str] = field(default_factory=dict)  # job -> reason
-    diverged: dict[str, str] = field(default_factory=dict)
+    diverged: dict[str, str] = field(default_factory=dict)  # also those of earlier calls
+    texts: dict[str, str] = field(default_factory=dict)  # job -> what it is about, also where nothing was left to do
     trained: int = 0
     measured: int = 0
 
@@ -95,7 +96,7 @@ def run_plan(
         def note(event: Event) -> None:
             if event.kind == "failed":
                 outcome.failed[event.key] = event.facts["reason"]
-                _note_failure(plan, store, event)
+                store.fail(_folder(store, event.key), "failed", event.facts["reason"], event.facts.get("trace", ""))
             elif event.kind == "done" and event.key.startswith("train"):
                 outcome.trained += 1
             elif event.kind == "done":
@@ -125,10 +126,9 @@ def _train_key(node: PhaseNode, seed: int) -> str:
     return f"train {node.id} {seed}"
 
 
-def _note_failure(plan: Plan, store: Store, event: Event) -> None:
-    kind, key, seed = event.key.split(" ")
-    if kind == "train":
-        store.fail(store.phase(key, int(seed)), "failed", event.facts["reason"])
+def _folder(store: Store, key: str) -> Path:
+    kind, name, seed = key.split(" ")
+    return store.phase(name, int(seed)) if kind == "train" else store.result(name, int(seed))
 
 
 def _tasks(plan: Plan, store: Store, device: torch.device) -> tuple[list[Task], dict[str, Job], float, Outcome]:
@@ -150,6 +150,8 @@ def _tasks(plan: Plan, store: Store, device: torch.device) -> tuple[list[Task], 
             key = _train_key(node, seed)
             size = _training_size(node)
             folder = store.phase(node.id, seed)
+            who = node.arms[0] if len(node.arms) == 1 else f"{len(node.arms)} arms"
+            outcome.texts[key] = f"{who}, seed {seed}, {node.phase.name}"
             if store.finished(folder):
                 done += size
                 continue
@@ -160,25 +162,26 @@ def _tasks(plan: Plan, store: Store, device: torch.device) -> tuple[list[Task], 
                 continue
             store.forget_failure(folder)
             needs = (parent,) if parent in pending else ()
-            who = node.arms[0] if len(node.arms) == 1 else f"{len(node.arms)} arms"
-            text = f"{who}, seed {seed}, {node.phase.name}"
             add(
                 Task(key, train_phase, (store, node, seed, device), needs, size),
-                Job(key, text, size, node.phase.epochs),
+                Job(key, outcome.texts[key], size, node.phase.epochs),
             )
         for arm in {arm.run: arm for arm in plan.arms}.values():
             key = f"measure {arm.run} {seed}"
             last = f"train {arm.nodes[-1]} {seed}"
             size = _measuring_size(arm)
-            if store.finished(store.result(arm.run, seed)):
+            folder = store.result(arm.run, seed)
+            outcome.texts[key] = f"{arm.name}, seed {seed}, measuring"
+            if store.finished(folder):
                 done += size
                 continue
             if last in blocked:
                 continue
+            store.forget_failure(folder)
             nodes = [plan.nodes[name] for name in arm.nodes]
             needs = (last,) if last in pending else ()
             arguments: tuple[Any, ...] = (store, arm.run, nodes, arm.recipe, seed, device)
-            add(Task(key, measure_run, arguments, needs, size), Job(key, f"{arm.name}, seed {seed}, measuring", size))
+            add(Task(key, measure_run, arguments, needs, size), Job(key, outcome.texts[key], size))
     return tasks, jobs, done, outcome
 
 

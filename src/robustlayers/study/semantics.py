@@ -149,12 +149,9 @@ def recipe_faults(recipe: Recipe, place: Place) -> list[Fault]:
     dataset = None
     with found.at("data", "name"):
         dataset = load_data(recipe.data.name)
-    wrong = models.check(recipe.model.name, recipe.model.options)
-    for fault in wrong:
-        found.add(fault.message, "model", *((fault.path,) if fault.path else ()))
     if dataset is not None:
         _check_data(recipe, dataset, found)
-    if dataset is not None and not wrong and _fits(recipe, dataset, found):
+    if _check_model(recipe, dataset, found) and dataset is not None:
         _check_groups(recipe, dataset, found)
     return found.faults
 
@@ -209,19 +206,20 @@ def _check_data(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
         found.add(text, "data", "augment", "crop")
 
 
-def _fits(recipe: Recipe, dataset: Dataset, found: _Faults) -> bool:
-    """Note the options of the model that do not fit the data; return whether all do."""
-    facts = {"channels": dataset.train.images.shape[1], "classes": len(dataset.classes)}
-    fits = True
-    for option, fact in facts.items():
-        own = recipe.model.options.get(option)
-        if own is not None and own != fact:
-            found.add(f"{own} does not fit {recipe.data.name}, which has {fact}", "model", option)
-            fits = False
-    for fault in () if not fits else models.check(recipe.model.name, {**facts, **recipe.model.options}):
+def _check_model(recipe: Recipe, dataset: Dataset | None, found: _Faults) -> bool:
+    """Note what is wrong with the model, or does not fit the data; return whether it can be built."""
+    own = recipe.model.options
+    facts: dict[str, Any] = {}
+    if dataset is not None:
+        facts = {"channels": dataset.train.shape[0], "classes": len(dataset.classes)}
+    faults = models.check(recipe.model.name, {**facts, **own})
+    for fault in faults:
         found.add(fault.message, "model", *((fault.path,) if fault.path else ()))
-        fits = False
-    return fits
+    for option, fact in () if faults else facts.items():
+        if own.get(option, fact) != fact:
+            found.add(f"{own[option]} does not fit {recipe.data.name}, which has {fact}", "model", option)
+            return False
+    return not faults
 
 
 def _check_signals(recipe: Recipe, found: _Faults) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,19 @@ class Store:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process; another that runs there is a `UserError` that names it."""
-        self.root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.root / ".lock")
         owner = self.root / ".owner.json"
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             who = ""
-            if owner.exists():
+            with suppress(UserError):  # the other may not have written its name yet
                 facts = read_json(owner)
                 who = f" (host {facts.get('host')}, process {facts.get('pid')})"
             raise UserError(Fault(f"another process is running this study{who}", file=str(self.root))) from None
+        except OSError as error:
+            raise UserError(Fault(f"cannot be written into: {error.strerror}", file=str(self.root))) from None
         try:
             import os
             import socket
@@ -82,11 +84,16 @@ class Store:
             owner.unlink(missing_ok=True)
             lock.release()
 
+    def whole(self, folder: Path) -> bool:
+        """Tell whether a folder is finished, with every file at its size; nothing is changed."""
+        return (folder / MANIFEST).exists() and not verify_manifest(folder)
+
     def finished(self, folder: Path) -> bool:
-        """Tell whether a folder is finished and whole; one that is damaged is set aside, never silently used."""
+        """Tell whether a folder is whole; one that is damaged is set aside, never silently used. For who holds the lock."""
         if not (folder / MANIFEST).exists():
             return False
-        if not verify_manifest(folder):
+        if self.whole(folder):
+            self._tidy(folder)  # a process may have been killed between the manifest and this
             return True
         self.set_aside(folder)
         return False
@@ -102,13 +109,18 @@ class Store:
     def finish(self, folder: Path, **facts: Any) -> None:
         """Declare a folder finished."""
         write_manifest(folder, facts)
+        self._tidy(folder)
+
+    @staticmethod
+    def _tidy(folder: Path) -> None:
+        """Delete what only a resume would have needed."""
         for path in folder.glob(".*"):
             if path.is_file() and not path.name.startswith(".tmp-"):
                 path.unlink()
 
-    def fail(self, folder: Path, status: str, reason: str) -> None:
+    def fail(self, folder: Path, status: str, reason: str, trace: str = "") -> None:
         """Note that a phase diverged or failed."""
-        write_json(folder / _FAILED, {"status": status, "reason": reason})
+        write_json(folder / _FAILED, {"status": status, "reason": reason} | ({"trace": trace} if trace else {}))
 
     def failure(self, folder: Path) -> tuple[str, str] | None:
         """Return (status, reason) of a phase that diverged or failed, None otherwise."""

@@ -46,7 +46,7 @@ def _faults(kind: type[BaseModel], value: Any, errors: Sequence[Any], place: Pla
     for path in unknown:
         missing = [p[-1] for p, e in by_path.items() if p[:-1] == path[:-1] and e[0]["type"] == "missing"]
         close = nearest(str(path[-1]), [str(name) for name in missing], 1)
-        explained.update(path[:-1] + (name,) for name in close)
+        explained.update((*path[:-1], name) for name in close)
     # So is a fault inside one member of a union: the other members complain about the whole.
     explained.update(path for path in by_path if any(len(p) > len(path) and p[: len(path)] == path for p in by_path))
     faults: dict[Keys, Fault] = {}
@@ -84,7 +84,7 @@ def _message(kind: type[BaseModel], path: Keys, value: Any, errors: Sequence[Any
     if len(errors) > 1:  # of a union's members: the one that got furthest, else all that is allowed
         further = [e for e in errors if e["type"] not in _TYPES and e["type"] not in _CHOICES]
         if not further:
-            return _refused(given, " or ".join(dict.fromkeys(_wanted(e) for e in errors)))
+            return _refused(given, [word for e in errors for word in _wanted(e)])
         error = further[0]
     what, context = error["type"], error.get("ctx", {})
     if what in _CHOICES and isinstance(given, str):
@@ -95,7 +95,7 @@ def _message(kind: type[BaseModel], path: Keys, value: Any, errors: Sequence[Any
         return str(context.get("error", error["msg"])).removeprefix("Value error, ")
     if what in _BOUNDS:
         word, key = _BOUNDS[what]
-        return _refused(given, f"{word} {context[key]:g}")
+        return _refused(given, [f"{word} {context[key]:g}"])
     if what in ("too_short", "string_too_short"):
         return "must not be empty" if context.get("min_length", 1) == 1 else f"needs {context['min_length']} items"
     if what == "too_long":
@@ -104,15 +104,15 @@ def _message(kind: type[BaseModel], path: Keys, value: Any, errors: Sequence[Any
 
 
 _TYPES = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
+    "int_type": ["a whole number"],
+    "int_from_float": ["a whole number"],
+    "float_type": ["a number"],
+    "bool_type": ["true", "false"],
+    "string_type": ["text"],
+    "list_type": ["a list"],
+    "dict_type": ["a mapping"],
+    "model_type": ["a mapping"],
+    "model_attributes_type": ["a mapping"],
 }
 _CHOICES = ("literal_error", "enum")
 _BOUNDS = {
@@ -123,8 +123,8 @@ _BOUNDS = {
 }
 
 
-def _wanted(error: Any) -> str:
-    return ", ".join(_choices(error)) if error["type"] in _CHOICES else _TYPES[error["type"]]
+def _wanted(error: Any) -> list[str]:
+    return _choices(error) if error["type"] in _CHOICES else _TYPES[error["type"]]
 
 
 def _choices(error: Any) -> list[str]:
@@ -132,8 +132,10 @@ def _choices(error: Any) -> list[str]:
     return [part.strip().strip("'") for part in expected.replace(" or ", ", ").split(",")]
 
 
-def _refused(given: Any, allowed: str) -> str:
-    return f"{'empty' if given is None else f'{shown(given)} is not allowed'}; allowed: {allowed}"
+def _refused(given: Any, allowed: Sequence[str]) -> str:
+    *some, last = dict.fromkeys(allowed)
+    text = f"{', '.join(some)} or {last}" if some else last
+    return f"{'empty' if given is None else f'{shown(given)} is not allowed'}; allowed: {text}"
 
 
 def shown(value: Any) -> str:

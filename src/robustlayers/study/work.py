@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from robustlayers.core.errors import UserError
 from robustlayers.core.files import file_digest, read_json, read_tensors, write_json, write_tensors
 from robustlayers.core.random import stream
 from robustlayers.data import Augment, Images
 from robustlayers.evaluation import worst_case
+from robustlayers.study.local import Stopped
 from robustlayers.study.plan import PhaseNode
 from robustlayers.study.schema import Recipe
 from robustlayers.study.semantics import (
@@ -39,13 +42,14 @@ _RESUME = ".resume.json"
 def train_phase(store: Store, node: PhaseNode, seed: int, device: torch.device, report: Report) -> None:
     """Train one phase for one seed into the store, going on where an earlier process was stopped.
 
-    A run that diverges is noted as such and does not raise.
+    A run that diverges is noted in the store as such, and raises `Stopped`.
     """
     folder = store.phase(node.id, seed)
     try:
         _train(store, node, seed, device, report)
     except Diverged as error:
         store.fail(folder, "diverged", str(error))
+        raise Stopped(str(error)) from None
 
 
 def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, report: Report) -> None:
@@ -112,13 +116,14 @@ def _resume(store: Store, trainer: PhaseTrainer, folder: Any) -> dict[str, Any]:
     """Load the state after the last finished epoch, if there is one that is whole, and return its record."""
     path = folder / _RESUME
     if path.exists():
-        record = read_json(path)
-        state = folder / record["state"]
-        best = folder / record["best"]["file"]
-        whole = state.exists() and file_digest(state) == record["state_sha256"]
-        if whole and best.exists() and file_digest(best) == record["best"]["sha256"]:
-            trainer.load_state(read_tensors(state), record["epochs_done"])
-            return record
+        with suppress(UserError, LookupError, TypeError):  # the record itself is damaged
+            record = read_json(path)
+            state = folder / record["state"]
+            best = folder / record["best"]["file"]
+            whole = state.exists() and file_digest(state) == record["state_sha256"]
+            if whole and best.exists() and file_digest(best) == record["best"]["sha256"]:
+                trainer.load_state(read_tensors(state), record["epochs_done"])
+                return record
         store.set_aside(folder)  # a damaged state is never trained on; the phase starts anew
     return {
         "curve": [],

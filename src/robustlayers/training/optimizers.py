@@ -98,6 +98,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer | None, tensors: Mapping[str
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             slots = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.rpartition("/")[0] == name}
+            optimizer.state.pop(parameter, None)
             if slots:
                 optimizer.state[parameter] = {
                     slot: tensor.clone() if slot == "step" else tensor.to(parameter.device, copy=True)

@@ -1,0 +1,173 @@
+"""A study that is killed at random moments and repeated ends with the same weights, bit for bit, and the same rows."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from robustlayers.cli.main import main
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills whole process groups")
+
+STUDY = """\
+question: Does it end the same?
+data: {name: "npz:chaos.npz", validation: 0.2, augment: {crop: 2, flip: true}}
+model: {name: small-cnn, width: 8}
+threat: {norm: linf, eps: 8/255}
+attack: pgd-2
+training: {batch_size: 32, optimizer: {lr: 0.05}, schedule: {name: one-cycle}}
+phases:
+  - {name: pretrain, epochs: 4, train: {all: natural}}
+  - {name: adapt, epochs: 4, train: {norm: adversarial, rest: frozen}}
+factors:
+  group:
+    none: {phases.adapt.epochs: 0}
+    norm: {}
+    all: {phases.adapt.train: {all: {adversarial: 0.5, natural: 0.5}}, phases.adapt.optimizer: {name: adam, lr: 0.002}}
+seeds: 2
+evaluate: {attacks: [pgd-3], monitor: {attack: pgd-2, images: 60}}
+"""
+# Lines of progress to wait for (of 30 in all) before each kill, and whether the workers are killed as well; 0 lines: the
+# kill may hit the imports, the plan, the lock or the start of the workers.
+KILLS = [
+    (1, False),
+    (0, True),
+    (2, False),
+    (1, True),
+    (0, False),
+    (2, False),
+    (1, True),
+    (0, True),
+    (1, False),
+    (2, True),
+    (1, False),
+]
+COMMAND = [sys.executable, "-c", "from robustlayers.cli.main import main; main()"]
+
+
+class _Run:
+    """`robustlayers run` in a process group of its own, and what it has printed so far."""
+
+    def __init__(self, out: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, "run", "chaos.yaml", "--out", out, "--workers", "2", "--threads", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(self.process.stdout)
+
+    @property
+    def progress(self) -> int:
+        return sum(": epoch " in line or ", measuring: " in line for line in self.lines)
+
+    def wait_for(self, lines: int) -> None:
+        """Wait until so many lines of progress are there, or the process has ended."""
+        ends = time.monotonic() + 60
+        while self.progress < lines and self.process.poll() is None:
+            assert time.monotonic() < ends, "no progress within a minute"
+            time.sleep(0.005)
+
+    def stop(self, number: int, group: bool) -> tuple[int, str]:
+        """Send a signal; return the exit code and what stands on standard error."""
+        (os.killpg if group else os.kill)(self.process.pid, number)
+        return self.end()
+
+    def end(self) -> tuple[int, str]:
+        assert self.process.stderr is not None
+        error = self.process.stderr.read()
+        self.process.wait(60)
+        self.reader.join(60)
+        return self.process.returncode, error
+
+    def alive(self) -> list[str]:
+        """Return the processes of the group that still live."""
+        table = subprocess.run(["ps", "-A", "-o", "pgid=,pid=,stat=,args="], capture_output=True, text=True, check=True)
+        rows = [line.split(None, 3) for line in table.stdout.splitlines()]
+        return [" ".join(row) for row in rows if int(row[0]) == self.process.pid and not row[2].startswith("Z")]
+
+    def assert_orphans_end(self) -> None:
+        ends = time.monotonic() + 10
+        while orphans := self.alive():
+            assert time.monotonic() < ends, f"still alive without their parent: {orphans}"
+            time.sleep(0.05)
+
+
+def _result(out: Path) -> dict[str, str]:
+    found = {
+        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in out.glob("phases/*/seed-*/*.safetensors")
+    }
+    rows = subprocess.run([*COMMAND, "rows", str(out)], capture_output=True, text=True, check=True)
+    return found | {"rows": rows.stdout}
+
+
+def test_killed_at_any_moment_it_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    images, labels = draw.integers(0, 256, (360, 20, 20), dtype=np.uint8), np.arange(360) % 5
+    np.savez("chaos.npz", train_images=images, train_labels=labels, test_images=images[:60], test_labels=labels[:60])
+    Path("chaos.yaml").write_text(STUDY)
+    moments = random.Random(1)
+
+    reference = _Run("whole")
+    code, error = reference.end()
+    assert (code, error, reference.progress) == (0, "", 30)
+
+    kills, runs = 0, []
+    for lines, group in KILLS:
+        run = _Run("killed")
+        runs.append(run)
+        run.wait_for(lines)
+        time.sleep(moments.uniform(0, 0.4 if lines else 4))
+        unfinished = run.process.poll() is None
+        code, _ = run.stop(signal.SIGKILL, group)
+        assert unfinished and code == -signal.SIGKILL, "it ended before it could be killed: the study is too small"
+        kills += 1
+        if moments.random() < 0.5:  # else the next one starts at once, beside orphans that may still be dying
+            run.assert_orphans_end()
+    assert kills >= 10
+
+    # Ctrl-C reaches all processes of a terminal, SIGTERM only the one it is sent to; both end cleanly.
+    for number, group, expected in ((signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)):
+        run = _Run("killed")
+        run.wait_for(1)
+        if number == signal.SIGTERM:
+            with pytest.raises(SystemExit) as stop:  # meanwhile nobody else may run in this folder
+                main(["run", "chaos.yaml", "--out", "killed"])
+            who = f"process {run.process.pid})\n"
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and error.startswith("killed: another process is running this study (host ")
+            assert error.endswith(who) and error.count("\n") == 1
+        assert run.stop(number, group) == (expected, "stopped; the same command goes on from here\n")
+        run.assert_orphans_end()
+
+    last = _Run("killed")
+    code, error = last.end()
+    assert (code, error) == (0, "") and last.lines[-1] == "report: killed/report/report.html\n"
+    assert 0 < last.progress < 30, "either nothing was left to do, or nothing had been kept"
+    assert not list(tmp_path.rglob(".tmp-*"))
+    for run in runs:
+        run.assert_orphans_end()
+    assert _result(tmp_path / "killed") == _result(tmp_path / "whole")
+    assert not list(tmp_path.rglob("*.damaged-*"))
