@@ -278,6 +278,15 @@ def test_refresh_follows_a_conversion(small: nn.Module) -> None:
     assert forward(X.float().to("meta")).device.type == "meta"
 
 
+def test_refresh_follows_a_conversion_that_replaces_no_tensor() -> None:
+    net = build("resnet", seed=0, depth=8, width=4, norm="none", **CIFAR).double()
+    net.normalize = nn.Identity()  # parameters keep their objects in a conversion, buffers do not
+    forward = crafting_forward(net)
+    net.float()
+    forward.refresh()
+    assert distance(net, forward, X.float()) < 1e-4
+
+
 def test_a_replaced_tensor_of_one_entry_with_an_equal_value_is_noticed() -> None:
     net = nn.Sequential(nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1), nn.Flatten()).double()
     forward = crafting_forward(net)
@@ -518,6 +527,28 @@ def test_modules_used_twice_and_tied_weights(again: bool) -> None:
         model.conv.weight.data.mul_(2)
         forward.refresh()
     assert distance(model, forward, X) < 1e-10
+
+
+class ReadTwice(nn.Module):
+    """A ReLU whose operand is needed again: overwriting it would change the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.last = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        folded = self.bn(self.conv(x))
+        total = functional.relu(folded) + folded
+        total = total.relu() - total
+        fused = self.last(total)
+        return (torch.relu(fused) * fused).flatten(1)
+
+
+def test_relu_overwrites_nothing_that_is_read_again() -> None:
+    net = scramble(ReadTwice()).double()
+    forward = crafting_forward(net)
+    assert (forward.folded, forward.fused) == (1, 1)
+    assert distance(net, forward, X) < 1e-10
 
 
 @pytest.mark.parametrize("kind", ["forward", "pre", "backward"])

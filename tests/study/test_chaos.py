@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -56,24 +55,22 @@ COMMAND = [sys.executable, "-c", "from robustlayers.cli.main import main; main()
 
 
 class _Run:
-    """`robustlayers run` in a process group of its own, and what it has printed so far."""
+    """`robustlayers run` in a process group of its own; what it prints goes to files, which orphans cannot block."""
 
     def __init__(self, out: str) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, "run", "chaos.yaml", "--out", out, "--workers", "2", "--threads", "1"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        self.lines: list[str] = []
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
+        self.out, self.err = (Path(f"{kind}-{time.monotonic_ns()}.txt") for kind in ("out", "err"))
+        with self.out.open("wb") as out_stream, self.err.open("wb") as err_stream:
+            self.process = subprocess.Popen(
+                [*COMMAND, "run", "chaos.yaml", "--out", out, "--workers", "2", "--threads", "1"],
+                stdout=out_stream,
+                stderr=err_stream,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        self.lines.extend(self.process.stdout)
+    @property
+    def lines(self) -> list[str]:
+        return self.out.read_text().splitlines()
 
     @property
     def progress(self) -> int:
@@ -84,7 +81,7 @@ class _Run:
         ends = time.monotonic() + 60
         while self.progress < lines and self.process.poll() is None:
             assert time.monotonic() < ends, "no progress within a minute"
-            time.sleep(0.005)
+            time.sleep(0.01)
 
     def stop(self, number: int, group: bool) -> tuple[int, str]:
         """Send a signal; return the exit code and what stands on standard error."""
@@ -92,11 +89,8 @@ class _Run:
         return self.end()
 
     def end(self) -> tuple[int, str]:
-        assert self.process.stderr is not None
-        error = self.process.stderr.read()
-        self.process.wait(60)
-        self.reader.join(60)
-        return self.process.returncode, error
+        """Wait for the end; return the exit code and what stands on standard error."""
+        return self.process.wait(120), self.err.read_text()
 
     def alive(self) -> list[str]:
         """Return the processes of the group that still live."""
@@ -164,7 +158,7 @@ def test_killed_at_any_moment_it_ends_the_same(
 
     last = _Run("killed")
     code, error = last.end()
-    assert (code, error) == (0, "") and last.lines[-1] == "report: killed/report/report.html\n"
+    assert (code, error) == (0, "") and last.lines[-1] == "report: killed/report/report.html"
     assert 0 < last.progress < 30, "either nothing was left to do, or nothing had been kept"
     assert not list(tmp_path.rglob(".tmp-*"))
     for run in runs:

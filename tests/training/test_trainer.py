@@ -13,6 +13,7 @@ from robustlayers.data import Images, batches
 from robustlayers.training import Diverged, OptimizerSettings, PhaseTrainer, Schedule
 
 ATTACK = PGD(Linf(0.1), steps=2, keep="last")
+GROUPS = {"norm": "norm", "others": "rest"}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def test_an_epoch_is_a_plain_loop(net, images):
 
 
 def test_passes_are_counted_per_image(net, images):
-    groups, signals = {"norm": "norm", "others": "rest"}, {"norm": "adversarial", "others": "natural"}
-    log = trainer_of(net("mlp"), images, groups=groups, signals=signals).train_epoch()
+    signals = {"norm": "adversarial", "others": "natural"}
+    log = trainer_of(net("mlp"), images, groups=GROUPS, signals=signals).train_epoch()
     assert (log.forward_passes, log.backward_passes) == (21 * (2 + 2), 21 * (2 + 2))
 
 
@@ -94,17 +95,12 @@ def test_a_rate_that_is_far_too_high_stops_the_run_within_a_step(images, signal)
 
 
 @pytest.mark.parametrize(
-    ("signals", "named"), [(("natural", "adversarial"), "natural"), (("frozen", "adversarial"), "adversarial")]
+    ("norm", "others", "named"), [("natural", "adversarial", "natural"), ("frozen", "adversarial", "adversarial")]
 )
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_weight_that_is_not_a_number_is_noticed_in_the_next_step(net, images, signals, named, at):
+def test_a_weight_that_is_not_a_number_is_noticed_in_the_next_step(net, images, norm, others, named, at):
     model = net("mlp")
-    trainer = trainer_of(
-        model,
-        images,
-        groups={"norm": "norm", "others": "rest"},
-        signals=dict(zip(("norm", "others"), signals, strict=True)),
-    )
+    trainer = trainer_of(model, images, groups=GROUPS, signals={"norm": norm, "others": others})
     trainer.first_epoch = 6
     steps = []
 
@@ -122,9 +118,7 @@ def test_a_weight_that_is_not_a_number_is_noticed_in_the_next_step(net, images, 
 
 def test_a_tensor_that_is_not_finite_is_noticed_at_the_end_of_the_epoch(net, images):
     model = net("mlp")
-    trainer = trainer_of(
-        model, images, groups={"norm": "norm", "others": "rest"}, signals={"norm": "frozen", "others": "natural"}
-    )
+    trainer = trainer_of(model, images, groups=GROUPS, signals={"norm": "frozen", "others": "natural"})
 
     def plant(done, of):
         if done == of:  # after the last step, so that no loss can tell
@@ -142,7 +136,7 @@ def test_divergence_is_no_mistake_of_the_user_and_crosses_processes():
 def finished(net, images, **options):
     model = net("mlp")
     options = {
-        "groups": {"norm": "norm", "others": "rest"},
+        "groups": GROUPS,
         "signals": {"norm": "frozen", "others": "natural"},
     } | options
     trainer = trainer_of(model, images, epochs=1, **options)

@@ -149,7 +149,7 @@ def _trace(model: nn.Module) -> _Trace:
         tensors = dict(root.named_parameters()) | dict(root.named_buffers())
         if any(node.op == "get_attr" and node.target not in tensors for node in graph.nodes):
             failed.setdefault(_ROOT, "its forward uses something that is no parameter or buffer")
-        if not failed:
+        if not failed or _ROOT in as_it_is:
             break
         if any(name in as_it_is for name in failed):  # that did not help
             failed = {_ROOT: next(iter(failed.values()))}
