@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from robustlayers.attacks import APGD, FGSM, L2, PGD, Linf, Noise, Threat, guard
     from robustlayers.core.errors import UserError
     from robustlayers.evaluation import accuracy, correct, flags, interval, worst_case
-    from robustlayers.normalization import NormPolicy, Switch, inference
-    from robustlayers.selection import Inventory, Partition, Selection, select
+    from robustlayers.normalization import NormPolicy, Switch, crafting_forward, inference
+    from robustlayers.selection import Inventory, Partition, Selection, execution_order, select
     from robustlayers.training import PartialStep, PhaseTrainer, compare, snapshot
 
 __version__ = "0.1.0"
@@ -27,8 +27,8 @@ _HOMES = {
     "robustlayers.attacks": ("APGD", "FGSM", "L2", "PGD", "Linf", "Noise", "Threat", "guard"),
     "robustlayers.core.errors": ("UserError",),
     "robustlayers.evaluation": ("accuracy", "correct", "flags", "interval", "worst_case"),
-    "robustlayers.normalization": ("NormPolicy", "Switch", "inference"),
-    "robustlayers.selection": ("Inventory", "Partition", "Selection", "select"),
+    "robustlayers.normalization": ("NormPolicy", "Switch", "crafting_forward", "inference"),
+    "robustlayers.selection": ("Inventory", "Partition", "Selection", "execution_order", "select"),
     "robustlayers.training": ("PartialStep", "PhaseTrainer", "compare", "snapshot"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -55,8 +55,10 @@ __all__ = [
     "attacks",
     "compare",
     "correct",
+    "crafting_forward",
     "data",
     "evaluation",
+    "execution_order",
     "flags",
     "guard",
     "inference",

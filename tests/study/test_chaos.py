@@ -16,7 +16,10 @@ import pytest
 
 from robustlayers.cli.main import main
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills whole process groups")
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="kills whole process groups"),
+    pytest.mark.timeout(900),  # it starts torch thirty times, beside other tests
+]
 
 STUDY = """\
 question: Does it end the same?
@@ -36,20 +39,20 @@ factors:
 seeds: 2
 evaluate: {attacks: [pgd-3], monitor: {attack: pgd-2, images: 60}}
 """
-# Lines of progress to wait for (of 30 in all) before each kill, and whether the workers are killed as well; 0 lines: the
-# kill may hit the imports, the plan, the lock or the start of the workers.
+# Lines of progress to wait for (of 30 in all) before each kill, the number of workers, and whether they are killed too or
+# only their parent. With 0 lines the kill may hit the imports, the plan, the lock or the start of the workers.
 KILLS = [
-    (1, False),
-    (0, True),
-    (2, False),
-    (1, True),
-    (0, False),
-    (2, False),
-    (1, True),
-    (0, True),
-    (1, False),
-    (2, True),
-    (1, False),
+    (1, 2, False),
+    (0, 1, False),
+    (2, 1, False),
+    (1, 2, True),
+    (0, 2, False),
+    (3, 1, False),
+    (1, 2, False),
+    (0, 2, True),
+    (2, 1, False),
+    (1, 2, False),
+    (2, 1, False),
 ]
 COMMAND = [sys.executable, "-c", "from robustlayers.cli.main import main; main()"]
 
@@ -57,11 +60,11 @@ COMMAND = [sys.executable, "-c", "from robustlayers.cli.main import main; main()
 class _Run:
     """`robustlayers run` in a process group of its own; what it prints goes to files, which orphans cannot block."""
 
-    def __init__(self, out: str) -> None:
+    def __init__(self, out: str, workers: int = 2) -> None:
         self.out, self.err = (Path(f"{kind}-{time.monotonic_ns()}.txt") for kind in ("out", "err"))
         with self.out.open("wb") as out_stream, self.err.open("wb") as err_stream:
             self.process = subprocess.Popen(
-                [*COMMAND, "run", "chaos.yaml", "--out", out, "--workers", "2", "--threads", "1"],
+                [*COMMAND, "run", "chaos.yaml", "--out", out, "--workers", str(workers), "--threads", "1"],
                 stdout=out_stream,
                 stderr=err_stream,
                 start_new_session=True,
@@ -119,7 +122,7 @@ def test_killed_at_any_moment_it_ends_the_same(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 256, (360, 20, 20), dtype=np.uint8), np.arange(360) % 5
+    images, labels = draw.integers(0, 256, (240, 16, 16), dtype=np.uint8), np.arange(240) % 5
     np.savez("chaos.npz", train_images=images, train_labels=labels, test_images=images[:60], test_labels=labels[:60])
     Path("chaos.yaml").write_text(STUDY)
     moments = random.Random(1)
@@ -129,11 +132,11 @@ def test_killed_at_any_moment_it_ends_the_same(
     assert (code, error, reference.progress) == (0, "", 30)
 
     kills, runs = 0, []
-    for lines, group in KILLS:
-        run = _Run("killed")
+    for lines, workers, group in KILLS:
+        run = _Run("killed", workers)
         runs.append(run)
         run.wait_for(lines)
-        time.sleep(moments.uniform(0, 0.4 if lines else 4))
+        time.sleep(moments.uniform(0, 0.3 if lines else 4))
         unfinished = run.process.poll() is None
         code, _ = run.stop(signal.SIGKILL, group)
         assert unfinished and code == -signal.SIGKILL, "it ended before it could be killed: the study is too small"

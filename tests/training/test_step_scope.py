@@ -123,6 +123,19 @@ def test_earlier_gradients_and_momentum_of_frozen_parameters_do_nothing(net, bat
     assert torch.allclose(model.linear.bias, reference.linear.bias - 0.1 * velocity)
 
 
+def test_while_the_optimizer_steps_what_is_frozen_needs_no_gradient_and_has_none(net, batch, monkeypatch):
+    model = lived_in(net)
+    step = step_of(model, signals={"head": "adversarial", "others": "frozen"})
+    seen = {}
+
+    def look(*_):
+        seen.update({name: (p.requires_grad, p.grad is not None) for name, p in model.named_parameters()})
+
+    monkeypatch.setattr(step.optimizer, "step", look)
+    step(*batch())
+    assert seen == {name: (name.startswith("linear."),) * 2 for name, _ in model.named_parameters()}
+
+
 def test_phases_follow_each_other_with_one_optimizer_and_a_scheduler(net, batch, bits):
     model = net("small-cnn")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

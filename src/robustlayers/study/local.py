@@ -209,7 +209,10 @@ def _worker(connection: Connection, threads: int) -> None:
             return
         if task is None:
             return
-        connection.send(_perform(task, connection.send))
+        try:
+            connection.send(_perform(task, connection.send))
+        except OSError:  # the parent is gone
+            return
 
 
 def _end_with_parent() -> None:

@@ -282,19 +282,18 @@ class PartialStep:
         if generator is None:
             generator = stream(self.seed, "attack", self.steps, device=x.device)
         settings = self._settings["craft"]
+        forward: Callable[[Tensor], Tensor] = self.model
         if is_own(attack) and all(setting == ("running", False) for setting in settings.values()):
             # The same function of x with norm layers folded away, at a fraction of the cost.
             if self._folded is None:
                 self._folded = crafting_forward(self.model)
             self._folded.refresh()
-            with guard(self.model):
-                x_adv = attack(self._folded, x, y, generator=generator)
-        else:
-            with (
-                guard(self.model, keep_statistics=self._crafting_updates),
-                normalizing(self.model, settings, training=False),
-            ):
-                x_adv = attack(self.model, x, y, generator=generator)
+            forward = self._folded
+        with (
+            guard(self.model, keep_statistics=self._crafting_updates),
+            normalizing(self.model, settings, training=False),
+        ):
+            x_adv = attack(forward, x, y, generator=generator)
         log.forward_passes += getattr(attack, "forward_passes", 0)
         log.backward_passes += getattr(attack, "backward_passes", 0)
         return x_adv.detach()
