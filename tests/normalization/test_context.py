@@ -208,6 +208,7 @@ def state_of(model):
             ],
             {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks") and value is not None},
             sorted(vars(module)),
+            id(vars(module).get("forward")),
         )
         for name, module in model.named_modules()
     ]

@@ -109,6 +109,7 @@ def contents() -> Callable[[Path], dict[str, str]]:
         found = {
             path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.glob("phases/*/seed-*/*.safetensors"))
+            if "damaged" not in path.parent.name
         }
         return found | {"rows": "\n".join(str(row) for row in collect_rows(Store(folder)))}
 

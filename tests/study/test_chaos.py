@@ -48,11 +48,10 @@ KILLS = [
     (1, 2, True),
     (0, 2, False),
     (3, 1, False),
-    (1, 2, False),
-    (0, 2, True),
+    (0, 1, False),
+    (2, 2, False),
     (2, 1, False),
-    (1, 2, False),
-    (2, 1, False),
+    (1, 1, False),
 ]
 COMMAND = [sys.executable, "-c", "from robustlayers.cli.main import main; main()"]
 

@@ -168,13 +168,7 @@ def test_a_result_that_was_cut_off_is_set_aside_and_made_again(
     assert sorted(copy.rglob("*")) == before, "a reader changed the folder"
     outcome = run()
     assert (outcome.trained, outcome.measured, outcome.complete) == (1, 1, True)
-    assert contents(copy) == contents(finished) | {
-        path.relative_to(copy).as_posix(): value
-        for path, value in (
-            (path, contents(copy)[path.relative_to(copy).as_posix()])
-            for path in copy.glob("phases/*/*damaged*/*.safetensors")
-        )
-    }
+    assert contents(copy) == contents(finished)
     assert len(list(copy.glob("*/*/seed-*.damaged-1"))) == 2
     assert _code("verify", copy) == 0  # what was set aside is no longer part of the study
     assert capsys.readouterr().out == "12 finished results, 0 fault(s)\n"
@@ -210,7 +204,6 @@ def test_a_damaged_resume_state_is_set_aside_and_the_phase_starts_anew(
     assert run().complete
     aside = list((tmp_path / "out").glob("phases/*/*.damaged-1"))
     assert len(aside) == 1
-    shutil.rmtree(aside[0])
     assert contents(tmp_path / "out") == contents(finished)
 
 

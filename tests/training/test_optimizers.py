@@ -75,9 +75,10 @@ def test_its_state_comes_back_from_a_file_bit_for_bit(net, bits, tmp_path, setti
     assert bits(model) == bits(other)
 
 
-def test_a_state_is_a_copy(net):
+@pytest.mark.parametrize("settings", SETTINGS, ids=map(str, SETTINGS))
+def test_a_state_is_a_copy(net, settings):
     model = net("mlp")
-    optimizer = make(model, SETTINGS[0])
+    optimizer = make(model, settings)
     give_gradients(model, 0)
     optimizer.step()
     state = optimizer_tensors(optimizer)

@@ -5,7 +5,7 @@ from robustlayers.models.layout import Layout, Network
 from robustlayers.models.norms import NormKind, norm_names, register_norm
 from robustlayers.models.parts import Normalize
 from robustlayers.models.registry import build, check, names, resolve
-from robustlayers.models.weights import load_weights
+from robustlayers.models.weights import load_weights, read_weights
 
 __all__ = [
     "Architecture",
@@ -18,6 +18,7 @@ __all__ = [
     "load_weights",
     "names",
     "norm_names",
+    "read_weights",
     "register_norm",
     "resolve",
 ]

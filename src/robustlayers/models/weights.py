@@ -12,7 +12,7 @@ from robustlayers.core.errors import Fault, UserError, nearest
 from robustlayers.core.files import read_tensors
 from robustlayers.models.parts import Normalize
 
-__all__ = ["load_weights"]
+__all__ = ["load_weights", "read_weights"]
 
 _MOST = 5  # names per list in a message
 
@@ -31,8 +31,7 @@ def load_weights(
     unchanged.
     """
     file = None if isinstance(source, Mapping) else str(source)
-    tensors = dict(source) if isinstance(source, Mapping) else read_tensors(Path(source))
-    tensors = _renamed(tensors, mapping or {}, file)
+    tensors = read_weights(source, mapping)
     targets = dict(model.state_dict())
     optional = _optional(model)
     missing = [name for name in targets if name not in tensors and name not in optional]
@@ -56,6 +55,15 @@ def load_weights(
             if name in tensors:
                 ours.copy_(tensors[name])
     return tuple(name for name in targets if name not in tensors)
+
+
+def read_weights(
+    source: str | Path | Mapping[str, Tensor], mapping: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, or of a mapping, renamed by `mapping` as in `load_weights`."""
+    file = None if isinstance(source, Mapping) else str(source)
+    tensors = dict(source) if isinstance(source, Mapping) else read_tensors(Path(source))
+    return _renamed(tensors, mapping or {}, file)
 
 
 def _optional(model: nn.Module) -> set[str]:

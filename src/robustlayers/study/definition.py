@@ -11,6 +11,7 @@ from typing import Any
 
 from robustlayers.core.errors import Fault, UserError, one_of
 from robustlayers.study import patches, yaml
+from robustlayers.study.begin import start_faults
 from robustlayers.study.claims import Claim
 from robustlayers.study.claims import parse as parse_claim
 from robustlayers.study.schema import Recipe, StudyConfig
@@ -21,6 +22,9 @@ __all__ = ["FACTS", "ArmDefinition", "Study", "load_study"]
 
 FACTS = ("trained_share", "trained_parameters", "forward_passes", "backward_passes")
 """Metrics of a whole run, beside the accuracies, that claims may use."""
+
+Change = tuple[Keys, str | tuple[str, ...]]
+"""A changed path of the document, and where its value was written: `--set PATH`, or the path of a factor's patch."""
 
 _RECIPE = tuple(Recipe.model_fields)
 _MERGED = ("optimizer", "schedule", "normalization")
@@ -72,7 +76,7 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
     """
     document = yaml.read(Path(path))
     value: Any = document.value
-    changed: list[tuple[Keys, str]] = []
+    changed: list[Change] = []
     faults: list[Fault] = []
     for override in overrides:
         try:
@@ -93,7 +97,7 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
         if config is None:
             raise UserError(_in_order(faults))
     name = config.name or Path(path).stem
-    arms, found = _arms(config, value, document, changed)
+    arms, found = _arms(config, name, value, document, changed)
     faults += found
     claims: list[tuple[str, Claim]] = []
     if not any(keys[0] in ("evaluate", "factors") for keys in wrong) and all(config.factors.values()):
@@ -155,22 +159,29 @@ def _keys(value: Any, path: str) -> Keys:
     return tuple(keys)
 
 
-def _place(document: yaml.Document, changed: Sequence[tuple[Keys, str]]) -> Place:
-    """Return where a path of the patched document comes from: the file's line, an override, or a factor's patch."""
+def _place(document: yaml.Document, changed: Sequence[Change]) -> Place:
+    """Return where a path of the patched document comes from: the file's line, an override, or a factor's patch.
+
+    The fault that comes back has a path of its own only where it is not the one that was asked for.
+    """
 
     def place(path: Keys) -> Fault:
         # The latest change that covers the path is where the value was written.
         for keys, source in reversed(changed):
-            if path[: len(keys)] == keys:
-                rest = path[len(keys) :]
-                if source.startswith("--set"):
-                    return Fault("", path=_below(source, rest))
-                written = tuple(source.split("\0"))
-                line = document.line((*written, *rest))
-                return Fault("", document.file, line, _below(yaml.path_text(written), rest))
+            if path[: len(keys)] != keys:
+                continue
+            rest = path[len(keys) :]
+            if isinstance(source, str):
+                return Fault("", path=_below(source, rest))
+            at = place((*source, *rest))  # the patch may stand in the file or in an override
+            return at if at.path else replace(at, path=_below(yaml.path_text(source), rest))
         return Fault("", document.file, document.line(path))
 
     return place
+
+
+def _standing(fault: Fault, at: Fault) -> Fault:
+    return Fault(fault.message, at.file, at.line, at.path or fault.path)
 
 
 def _below(source: str, rest: Keys) -> str:
@@ -178,7 +189,7 @@ def _below(source: str, rest: Keys) -> str:
 
 
 def _arms(
-    config: StudyConfig, value: Any, document: yaml.Document, changed: Sequence[tuple[Keys, str]]
+    config: StudyConfig, study: str, value: Any, document: yaml.Document, changed: Sequence[Change]
 ) -> tuple[list[ArmDefinition], list[Fault]]:
     """Return the arms, and what is wrong with them: a fault that not every arm has names those that have it."""
     faults: list[Fault] = []
@@ -193,7 +204,7 @@ def _arms(
     owners: dict[Fault, list[str]] = {}
     for combination in itertools.product(*config.factors.values()):
         levels = dict(zip(config.factors, combination, strict=True))
-        name = ", ".join(levels.values()) or config.name or "default"
+        name = ", ".join(levels.values()) or study
         if name in arms:
             text = f"two arms would be called {name!r}; rename a level"
             faults.append(Fault(text, document.file, document.line(("factors",)), "factors"))
@@ -205,7 +216,11 @@ def _arms(
     if owners:
         everywhere = set(_recipe(config, value, {}, document, changed)[1])
         for fault, names in owners.items():
-            if config.factors and fault not in everywhere and not (fault.path or "").startswith("factors"):
+            if (
+                config.factors
+                and fault not in everywhere
+                and not (fault.path or "").startswith(("factors", "--set factors"))
+            ):
                 some = ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
                 fault = replace(fault, message=f"{fault.message} (in arm{'s' if len(names) > 1 else ''} {some})")
             faults.append(fault)
@@ -231,17 +246,13 @@ def _recipe(
     value: Any,
     levels: Mapping[str, str],
     document: yaml.Document,
-    changed: Sequence[tuple[Keys, str]],
+    changed: Sequence[Change],
 ) -> tuple[Recipe | None, list[Fault]]:
     """Return the recipe of an arm, and what is wrong with it; None if it does not even fit the schema."""
-    changed = list(changed)
+    place, changed = _place(document, changed), list(changed)
     chosen = [(f"factors.{factor}.{level}", config.factors[factor][level]) for factor, level in levels.items()]
-    lines = {
-        source: document.line(("factors", *pair)) for (source, _), pair in zip(chosen, levels.items(), strict=True)
-    }
-    faults = [
-        fault.at(file=document.file, line=lines.get(fault.path or "")) for fault in patches.conflicts(chosen, value)
-    ]
+    places = {source: place(("factors", *pair)) for (source, _), pair in zip(chosen, levels.items(), strict=True)}
+    faults = [_standing(fault, places[fault.path or chosen[0][0]]) for fault in patches.conflicts(chosen, value)]
     if faults:
         return None, faults
     for (factor, level), (_, patch) in zip(levels.items(), chosen, strict=True):
@@ -252,9 +263,9 @@ def _recipe(
                 _check_patch(path, source)
                 after = patches.apply(value, path, new, where=source)
             except UserError as error:
-                faults += [fault.at(file=document.file, line=document.line(written)) for fault in error.faults]
+                faults += [_standing(fault, place(written)) for fault in error.faults]
                 continue
-            changed.append((_keys(value, path), "\0".join(written)))
+            changed.append((_keys(value, path), written))
             value = after
     place = _place(document, changed)
     plain = {key: item for key, item in value.items() if key in _RECIPE}
@@ -262,6 +273,8 @@ def _recipe(
     if recipe is not None:
         recipe, wrong = check(Recipe, _inherit(plain), place)
     faults += recipe_faults(recipe, place) if recipe is not None else wrong.values()
+    if recipe is not None and not faults:
+        faults += start_faults(recipe, place)
     return recipe, faults
 
 

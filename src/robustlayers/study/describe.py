@@ -10,6 +10,7 @@ import yaml
 from robustlayers.attacks import label
 from robustlayers.core.quantities import pixels_text
 from robustlayers.selection import Partition, Selection, resolve
+from robustlayers.study.begin import start_text
 from robustlayers.study.plan import SCHEMA, ArmPlan, PhaseNode, Plan
 from robustlayers.study.schema import Recipe
 from robustlayers.study.semantics import (
@@ -132,7 +133,7 @@ def _phase(model: Any, node: PhaseNode) -> dict[str, Any]:
                 "name": group,
                 "selector": partition.selectors[group],
                 "signal": signal_text(parse_signal(phase.train[group])),
-                "start": "keep",
+                "start": start_text(phase.start.get(group, "keep")),
                 "tensors": [list(line) for line in selection.describe()],
                 "parameters": selection.parameters,
                 "buffers": selection.buffers,

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from robustlayers.core.identity import digest
+from robustlayers.study.begin import start_content
 from robustlayers.study.definition import ArmDefinition, Study
 from robustlayers.study.schema import PhaseConfig, Recipe
 from robustlayers.study.semantics import (
@@ -39,6 +40,7 @@ class PhaseNode:
     recipe: Recipe  # of the first arm that needs it
     phase: PhaseConfig
     first_epoch: int  # epochs of earlier phases
+    earlier: Mapping[str, str]  # name -> id of earlier phases, which starts may name
     arms: tuple[str, ...]
     images: int  # training images
     forward_passes: int  # of single images, whole phase, one seed
@@ -101,15 +103,17 @@ def make_plan(study: Study) -> Plan:
         chain: list[str] = []
         parent: str | None = None
         first_epoch = 0
+        earlier: dict[str, str] = {}
         for phase in definition.recipe.phases:
             if phase.epochs == 0:
                 continue
-            node = _node(definition, phase, parent, first_epoch)
+            node = _node(definition, phase, parent, first_epoch, dict(earlier))
             if node.id in nodes:
                 known = nodes[node.id]
                 node = PhaseNode(**{**vars(known), "arms": (*known.arms, definition.name)})
             nodes[node.id] = node
             chain.append(node.id)
+            earlier[phase.name] = node.id
             parent = node.id
             first_epoch += phase.epochs
         arms.append(ArmPlan(definition, tuple(chain), _run(definition.recipe, chain[-1])))
@@ -127,7 +131,9 @@ def _select(recipe: Recipe, phase: PhaseConfig) -> str:
     return chosen if chosen != "auto" else "robust" if _needs_attack(phase) else "clean"
 
 
-def _node(definition: ArmDefinition, phase: PhaseConfig, parent: str | None, first_epoch: int) -> PhaseNode:
+def _node(
+    definition: ArmDefinition, phase: PhaseConfig, parent: str | None, first_epoch: int, earlier: Mapping[str, str]
+) -> PhaseNode:
     recipe = definition.recipe
     adversarial = _needs_attack(phase)
     attack = training_attack(phase.attack or recipe.attack, recipe.threat)
@@ -141,7 +147,7 @@ def _node(definition: ArmDefinition, phase: PhaseConfig, parent: str | None, fir
         "schema": SCHEMA,
         "parent": parent,
         "phase": {
-            **phase.model_dump(mode="json", exclude={"train", "attack"}),
+            **phase.model_dump(mode="json", exclude={"train", "attack", "start"}),
             "groups": groups,
             "attack": asdict(attack) | {"kind": type(attack).__name__} if adversarial else None,
         },
@@ -152,6 +158,9 @@ def _node(definition: ArmDefinition, phase: PhaseConfig, parent: str | None, fir
             "batch_size": recipe.evaluate.batch_size,
         },
     }
+    starts = {group: start_content(start) for group, start in phase.start.items()}
+    if any(start != "keep" for start in starts.values()):
+        content["start"] = {group: start for group, start in starts.items() if start != "keep"}
     dataset, train, _, _ = data_of(recipe.data)
     if parent is None:
         content["data"] = {
@@ -172,6 +181,7 @@ def _node(definition: ArmDefinition, phase: PhaseConfig, parent: str | None, fir
         recipe=recipe,
         phase=phase,
         first_epoch=first_epoch,
+        earlier=earlier,
         arms=(definition.name,),
         images=len(train),
         forward_passes=forward * images,

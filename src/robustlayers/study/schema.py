@@ -25,6 +25,7 @@ __all__ = [
     "PhaseConfig",
     "Recipe",
     "ScheduleConfig",
+    "StartConfig",
     "StudyConfig",
     "ThreatConfig",
     "TrainingConfig",
@@ -160,6 +161,15 @@ class TrainingConfig(_Closed):
     normalization: NormalizationConfig = NormalizationConfig()
 
 
+class StartConfig(BaseModel):
+    """A start that needs a source: `{load: FILE}`, with `map: {old: new}` for names, or `{from: PHASE}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    load: str | None = Field(default=None, description="a safetensors file with the group's tensors")
+    map: dict[str, str] = Field(default={}, description="names, or dotted prefixes, in the file -> in the model")
+    phase: str | None = Field(default=None, alias="from", description="an earlier phase, or initial")
+
+
 class PhaseConfig(TrainingConfig):
     """A stretch of training in which each group of tensors has one signal."""
 
@@ -168,6 +178,7 @@ class PhaseConfig(TrainingConfig):
     train: dict[str, str | dict[str, Quantity]] = Field(
         min_length=1, description="group -> signal; a group is a name from `groups` or a selector"
     )
+    start: dict[str, str | StartConfig] = Field(default={}, description="group -> where it begins; keep unless given")
     attack: str | Options | None = Field(default=None, description="of the adversarial pass; the study's unless given")
 
 

@@ -6,7 +6,6 @@ The builders here turn the parts of a recipe into the objects of the lower layer
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, cast
@@ -18,6 +17,7 @@ from robustlayers.data import Dataset, Images, load, split
 from robustlayers.models import Network
 from robustlayers.normalization import NormPolicy, Switch
 from robustlayers.selection import Partition
+from robustlayers.study.faults import Faults
 from robustlayers.study.schema import (
     DataConfig,
     ModelConfig,
@@ -28,8 +28,7 @@ from robustlayers.study.schema import (
     ScheduleConfig,
     ThreatConfig,
 )
-from robustlayers.study.validate import Keys, Place
-from robustlayers.study.yaml import path_text
+from robustlayers.study.validate import Place
 from robustlayers.training import OptimizerSettings, PartialStep, Schedule, parse_signal
 
 __all__ = [
@@ -137,7 +136,7 @@ def phase_groups(recipe: Recipe, phase: PhaseConfig) -> dict[str, str]:
 
 def recipe_faults(recipe: Recipe, place: Place) -> list[Fault]:
     """Return what is wrong with a recipe that fits the schema: every fault at the place where it was written."""
-    found = _Faults(place)
+    found = Faults(place)
     if recipe.threat.norm == "linf" and recipe.threat.eps > 1:
         text = f"{recipe.threat.eps:g} is not allowed; allowed: at most 1, in pixel units of [0, 1]; write 8/255"
         found.add(text, "threat", "eps")
@@ -156,7 +155,7 @@ def recipe_faults(recipe: Recipe, place: Place) -> list[Fault]:
     return found.faults
 
 
-def _check_attacks(recipe: Recipe, found: _Faults) -> None:
+def _check_attacks(recipe: Recipe, found: Faults) -> None:
     with found.at_option(recipe.attack, "attack"):
         training_attack(recipe.attack, recipe.threat)
     for index, phase in enumerate(recipe.phases):
@@ -175,7 +174,7 @@ def _check_attacks(recipe: Recipe, found: _Faults) -> None:
             labels.add(label)
 
 
-def _check_names(recipe: Recipe, found: _Faults) -> None:
+def _check_names(recipe: Recipe, found: Faults) -> None:
     if len(set(recipe.evaluate.checkpoints)) < len(recipe.evaluate.checkpoints):
         found.add("a checkpoint stands there twice", "evaluate", "checkpoints")
     names = [phase.name for phase in recipe.phases]
@@ -186,7 +185,7 @@ def _check_names(recipe: Recipe, found: _Faults) -> None:
             found.add("a phase's name must not be a number, which would name a position", "phases", index, "name")
 
 
-def _check_data(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
+def _check_data(recipe: Recipe, dataset: Dataset, found: Faults) -> None:
     config = recipe.data
     if "best" in recipe.evaluate.checkpoints and not config.validation:
         text = "0 leaves no validation images, which choose the checkpoint 'best'; write 0.1, or leave 'best' out"
@@ -206,7 +205,7 @@ def _check_data(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
         found.add(text, "data", "augment", "crop")
 
 
-def _check_model(recipe: Recipe, dataset: Dataset | None, found: _Faults) -> bool:
+def _check_model(recipe: Recipe, dataset: Dataset | None, found: Faults) -> bool:
     """Note what is wrong with the model, or does not fit the data; return whether it can be built."""
     own = recipe.model.options
     facts: dict[str, Any] = {}
@@ -222,14 +221,14 @@ def _check_model(recipe: Recipe, dataset: Dataset | None, found: _Faults) -> boo
     return not faults
 
 
-def _check_signals(recipe: Recipe, found: _Faults) -> None:
+def _check_signals(recipe: Recipe, found: Faults) -> None:
     for index, phase in enumerate(recipe.phases):
         for group, signal in phase.train.items():
             with found.at("phases", index, "train", group):
                 parse_signal(signal)
 
 
-def _check_groups(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
+def _check_groups(recipe: Recipe, dataset: Dataset, found: Faults) -> None:
     model = _model_for_checks(recipe.model.name, canonical(model_options(recipe.model, dataset)))
     attack = build_attack("fgsm", recipe.threat)  # a stand-in: the phase's own is checked elsewhere
     for index, phase in enumerate(recipe.phases):
@@ -240,50 +239,3 @@ def _check_groups(recipe: Recipe, dataset: Dataset, found: _Faults) -> None:
                 continue  # without its signals there is no step to check
             policy = build_policy(phase.normalization)
             PartialStep(model, partition, phase.train, optimizer=None, attack=attack, policy=policy)
-
-
-class _Faults:
-    """Collects faults under the place where they were written."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.faults: list[Fault] = []
-        self.paths: list[Keys] = []  # where each of them is in the document
-
-    def add(self, message: str, *path: str | int) -> None:
-        """Note a fault at a path of the document."""
-        at = self.place(tuple(path))
-        self.paths.append(tuple(path))
-        self.faults.append(Fault(message, at.file, at.line, at.path or path_text(path)))
-
-    def at(self, *path: str | int) -> _Collect:
-        """Return a context that notes a `UserError` as faults at `path`, or what they name below it, and goes on."""
-        return _Collect(self, path, {})
-
-    def at_option(self, what: str | Mapping[str, Any], *path: str | int) -> _Collect:
-        """Return the same for something made from the options `what`: a fault of an option stands at the option."""
-        return _Collect(self, path, what if isinstance(what, Mapping) else {})
-
-
-class _Collect:
-    def __init__(self, faults: _Faults, path: Keys, options: Mapping[str, Any]) -> None:
-        self.faults, self.path, self.options = faults, path, options
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if not isinstance(error, UserError):
-            return False
-        for fault in error.faults:
-            message, path = fault.message, (*self.path, *((fault.path,) if fault.path else ()))
-            option, colon, rest = message.partition(": ")
-            if colon and option in self.options:
-                message, path = rest, (*path, option)
-            elif (unknown := _UNKNOWN_OPTION.match(message)) and unknown[1] in self.options:
-                path = (*path, unknown[1])
-            self.faults.add(f"{fault.file}: {message}" if fault.file else message, *path)
-        return True
-
-
-_UNKNOWN_OPTION = re.compile(r"unknown option of \w+ '(\w+)'")

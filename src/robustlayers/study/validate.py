@@ -178,7 +178,7 @@ def _fields(kind: Any, path: Keys) -> list[str]:
         name
         for member in _members(kind)
         if isinstance(member, type) and issubclass(member, BaseModel)
-        for name in member.model_fields
+        for name in (field.alias or key for key, field in member.model_fields.items())
     ]
 
 

@@ -15,6 +15,7 @@ from robustlayers.core.files import file_digest, read_json, read_tensors, write_
 from robustlayers.core.random import stream
 from robustlayers.data import Augment, Images
 from robustlayers.evaluation import worst_case
+from robustlayers.study.begin import begin
 from robustlayers.study.local import Stopped
 from robustlayers.study.plan import PhaseNode
 from robustlayers.study.schema import Recipe
@@ -57,8 +58,10 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
     folder = store.phase(node.id, seed)
     dataset, train, validation, _ = data_of(recipe.data)
     model = build_model(recipe.model, dataset, seed)
+    ends = {name: store.phase(key, seed) / "last.safetensors" for name, key in node.earlier.items()}
     if node.parent is not None:
         model.load_state_dict(read_tensors(store.phase(node.parent, seed) / "last.safetensors"))
+    begin(model, recipe, phase, seed, node.first_epoch, ends)
     model.to(device)
     augment = recipe.data.augment
     trainer = PhaseTrainer(

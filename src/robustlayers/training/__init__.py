@@ -10,6 +10,7 @@ from robustlayers.training.optimizers import (
     optimizer_tensors,
 )
 from robustlayers.training.schedules import SCHEDULES, Schedule
+from robustlayers.training.starts import STARTS, concerned, copy_entries, start_group
 from robustlayers.training.step import Gradients, PartialStep, StepLog
 from robustlayers.training.trainer import Diverged, EpochLog, PhaseTrainer
 
@@ -18,6 +19,7 @@ __all__ = [
     "OBJECTIVES",
     "OPTIMIZERS",
     "SCHEDULES",
+    "STARTS",
     "Diverged",
     "EpochLog",
     "Gradients",
@@ -31,9 +33,12 @@ __all__ = [
     "StepLog",
     "build_optimizer",
     "compare",
+    "concerned",
+    "copy_entries",
     "load_optimizer",
     "optimizer_tensors",
     "parse_signal",
     "signal_text",
     "snapshot",
+    "start_group",
 ]

@@ -26,7 +26,7 @@ from robustlayers.core.random import stream
 from robustlayers.selection.inventory import Entry, is_norm
 from robustlayers.selection.selection import Selection
 
-__all__ = ["STARTS", "copy_entries", "start_group"]
+__all__ = ["STARTS", "concerned", "copy_entries", "start_group"]
 
 Change = Callable[[Entry, Tensor, torch.Generator], Tensor | None]
 """`change(entry, value, generator) -> new value`, or None where the start does not concern the tensor."""
@@ -41,17 +41,26 @@ def start_group(selection: Selection, start: str, seed: int) -> list[str]:
     if start == "keep":
         return []
     if start not in STARTS:
-        raise UserError(one_of("start", start, ["keep", "reinitialize", *STARTS, "load", "from"]))
-    new: dict[str, Tensor] = {}
-    for name in selection:
-        entry = selection.inventory.entries[name]
-        generator = stream(seed, "start", start, name)
-        value = STARTS[start](entry, entry.tensor.detach().cpu(), generator)
-        if value is not None:
-            new[name] = value
+        raise UserError(one_of("start", start, STARTS))
+    new = _changed(selection, start, seed)
     if not new:
         raise UserError(f"start {start!r} concerns no tensor of the group")
     return copy_entries(selection, new, start)
+
+
+def concerned(selection: Selection, start: str) -> list[str]:
+    """Return the tensors of a group that a start of `STARTS` would set; nothing is changed."""
+    return list(_changed(selection, start, 0))
+
+
+def _changed(selection: Selection, start: str, seed: int) -> dict[str, Tensor]:
+    new: dict[str, Tensor] = {}
+    for name in selection:
+        entry = selection.inventory.entries[name]
+        value = STARTS[start](entry, entry.tensor.detach().cpu(), stream(seed, "start", start, name))
+        if value is not None:
+            new[name] = value
+    return new
 
 
 @torch.no_grad()
@@ -66,7 +75,8 @@ def copy_entries(selection: Selection, source: Mapping[str, Tensor], what: str, 
         entry = selection.inventory.entries[name]
         found = next((alias for alias in entry.names if alias in source), None)
         if found is None:
-            if strict and entry.attribute != "num_batches_tracked":
+            # Published files often lack counters and the input's mean and standard deviation.
+            if strict and not (entry.buffer and not entry.attribute.startswith("running_")):
                 close = nearest(name, source)
                 raise UserError(f"{what} has no tensor {name!r}" + (f"; nearest: {', '.join(close)}" if close else ""))
             continue

@@ -109,6 +109,7 @@ class PartialStep:
         self.policy = policy or NormPolicy()
         self.seed = seed
         self.steps = 0
+        self.reached: set[str] = set()  # tensors that got a gradient in any step
         self._folded: CraftingForward | None = None
         self.signals = _signals(partition, signals)
         self.objectives = [OBJECTIVES[name] for name in OBJECTIVES if any(name in s for s in self.signals.values())]
@@ -269,6 +270,7 @@ class PartialStep:
             for name, gradient in zip(shares, found, strict=True):
                 if gradient is None:
                     continue
+                self.reached.add(name)
                 for weight, mask in shares[name]:
                     part = gradient if weight == 1.0 else gradient * weight
                     if mask is not None:

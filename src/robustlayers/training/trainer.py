@@ -151,9 +151,10 @@ class PhaseTrainer:
         return float(log.loss) * log.size
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that a resume needs beside the epoch: `model/...` and `optimizer/...` tensors."""
+        """Return all that a resume needs beside the epoch: `model/...`, `optimizer/...` and `reached/...` tensors."""
         state = {f"model/{name}": tensor for name, tensor in snapshot(self.model).items()}
-        return state | {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        state |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        return state | {f"reached/{name}": torch.ones((), dtype=torch.bool) for name in sorted(self.step.reached)}
 
     def load_state(self, tensors: Mapping[str, Tensor], epochs_done: int) -> None:
         """Go on after `epochs_done` epochs of this phase from a state that `state` returned."""
@@ -161,11 +162,12 @@ class PhaseTrainer:
         optimizer = {name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith("optimizer/")}
         self.model.load_state_dict(model)
         load_optimizer(self.optimizer, optimizer)
+        self.step.reached = {name.removeprefix("reached/") for name in tensors if name.startswith("reached/")}
         self.done = epochs_done
 
     def ledger(self) -> list[GroupChange]:
         """Return what moved since the phase began."""
-        return compare(self.partition, self.step.signals, self.start, snapshot(self.model))
+        return compare(self.partition, self.step.signals, self.start, snapshot(self.model), self.step.reached)
 
     def verify(self) -> list[GroupChange]:
         """Return the ledger; a broken promise raises `UserError` with the tensors' names."""
