@@ -174,6 +174,7 @@ DECIDES_NOTHING = [
     "model.norm=batch",
     "training.batch_size=16",
     "phases.adapt.batch_size=16",
+    "phases.pretrain.start={all: keep}",
     "phases.pretrain.attack=pgd-7",  # natural training crafts nothing
 ]
 
@@ -192,6 +193,13 @@ def test_what_decides_the_second_phase_keeps_the_first(override: str, plan: Plan
     assert set(before.nodes) & set(after.nodes) == shared
     assert before.arms[0].run == after.arms[0].run
     assert not {arm.run for arm in before.arms[1:]} & {arm.run for arm in after.arms}
+
+
+@pytest.mark.parametrize("start", ["reinitialize", "reset-statistics", "{from: initial}", "{from: pretrain}"])
+def test_a_start_of_a_group_renames_the_phase(start: str, plan: Plans) -> None:
+    before, after = plan(), plan(f"factors.group.norm={{phases.adapt.start: {{norm: {start}}}}}")
+    assert [a.run == b.run for a, b in zip(before.arms, after.arms, strict=True)] == [True, False, True]
+    assert before.arms[1].nodes[0] == after.arms[1].nodes[0]
 
 
 @pytest.mark.parametrize("override", DECIDES_MEASURING)

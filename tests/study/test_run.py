@@ -287,6 +287,36 @@ def test_a_resume_after_any_epoch_ends_with_the_same_bits(
     assert hidden == []
 
 
+def test_a_group_starts_where_the_study_says_also_after_a_resume(
+    plan: Plans, tmp_path: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robustlayers import models
+
+    made = plan("factors.group={new: {phases.adapt.start: {rest: {from: initial}}}}", "claims=[]", "seeds=1")
+    run_plan(made, tmp_path / "whole", workers=1, threads=1)
+    last = Store(tmp_path / "whole").phase(made.arms[0].nodes[-1], 0) / "last.safetensors"
+    initial = models.build("small-cnn", seed=0, width=4, stem_stride=2, channels=1, classes=4).state_dict()
+    weights = read_tensors(last)
+    equal = {name for name, tensor in weights.items() if tensor.equal(initial[name])}
+    assert "conv1.weight" in equal and "linear.weight" in equal and "bn1.running_mean" not in equal  # rest is frozen
+
+    class Stop(BaseException):
+        pass
+
+    original = work._save
+
+    def save_and_stop(*arguments: Any) -> None:
+        original(*arguments)
+        raise Stop
+
+    for _ in range(3):
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(work, "_save", save_and_stop)
+            run_plan(made, tmp_path / "stopped", workers=1, threads=1)
+    run_plan(made, tmp_path / "stopped", workers=1, threads=1)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
 def test_the_ledger_of_a_finished_study_keeps_every_promise(finished: Path) -> None:
     arms = {arm.name: arm for arm in collect(Store(finished)).arms}
     lines = arms["norm"].ledger

@@ -59,6 +59,10 @@ def run(
     for key, reason in outcome.failed.items():
         print(f"failed: {outcome.texts[key]}: {reason}", file=sys.stderr)
     store = Store(folder)
-    page = write(collect(store), store.report)
+    summary = collect(store)
+    page = write(summary, store.report)
+    for claim in summary.claims:
+        if claim.checkpoint == summary.checkpoints[0]:
+            print(f"{claim.verdict}: {claim.say} ({claim.reason})")
     print(f"report: {page}")
     return 0 if outcome.complete else 1

@@ -160,7 +160,7 @@ def groups(phase: PhaseLine) -> Table:
     blocks = [
         [
             [
-                Cell(group.name, kind="code"),
+                Cell(group.name, group.selector, kind="code"),
                 Cell(group.signal),
                 Cell(group.start),
                 Cell(str(len(group.tensors)), "", len(group.tensors)),

@@ -161,6 +161,7 @@ def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: li
                         parameters=group["parameters"],
                         buffers=group["buffers"],
                         share=group["share"],
+                        selector="" if group["selector"] == group["name"] else group["selector"],
                     )
                     for group in phase["groups"]
                 ],

@@ -125,7 +125,7 @@ def _without(value: Any, wrong: Iterable[Keys]) -> Any:
         keys = list(path)
         while keys[0] != "phases" and any(isinstance(key, int) for key in keys):
             keys.pop()  # the whole list goes, since positions in it stand in other messages
-        if keys[0] == "phases" and keys[2:3] == ["train"]:
+        if keys[0] == "phases" and keys[2:3] in (["train"], ["start"]):
             keys = keys[:4]
         box: Any = value
         for key in keys[:-1]:

@@ -59,6 +59,7 @@ class GroupLine:
     parameters: int  # entries of parameters, without buffers
     buffers: int  # entries of buffers
     share: float  # parameters / all parameters of the model
+    selector: str = ""  # what picked the tensors, where it is not the group's name
 
 
 @dataclass(frozen=True)
