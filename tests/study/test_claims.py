@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -20,14 +20,18 @@ Table = Mapping[tuple[str, str, str], Mapping[int, float]]  # (metric, group, ch
 
 
 def verdicts(
-    table: Table, *claims: str, checkpoints: tuple[str, ...] = ("last",), level: float = 0.95
+    table: Table,
+    *claims: str,
+    checkpoints: tuple[str, ...] = ("last",),
+    level: float = 0.95,
+    facts: Sequence[str] = (),
 ) -> list[ClaimResult]:
     bound = [(f"say {text}", parse(text).bind(FACTORS, METRICS, ["best", "last"])) for text in claims]
 
     def lookup(metric: str, levels: dict[str, str], checkpoint: str) -> Mapping[int, float]:
         return table.get((metric, levels["group"], checkpoint), {})
 
-    return judge(bound, lookup, checkpoints, level)
+    return judge(bound, lookup, checkpoints, level, facts)
 
 
 def robust(checkpoint: str = "last", **arms: list[float]) -> dict[tuple[str, str, str], dict[int, float]]:
@@ -105,12 +109,26 @@ def test_too_few_seeds_decide_nothing() -> None:
         ("robust[norm] > robust[none] + 0.1", [0.3, 0.4], "undecided"),
     ],
 )
-def test_equal_differences_are_judged_by_their_sign_without_a_p(claim: str, values: list[float], verdict: str) -> None:
-    (result,) = verdicts(robust(norm=values, none=[0.2, 0.3]), claim)
+def test_facts_are_judged_by_their_sign_and_accuracies_without_spread_not_at_all(
+    claim: str, values: list[float], verdict: str
+) -> None:
+    table = robust(norm=values, none=[0.2, 0.3])
+    (result,) = verdicts(table, claim, facts=["robust"])
     assert result.verdict == verdict
     assert (result.p, result.p_adjusted, result.low, result.high) == (None, None, None, None)
-    assert result.reason.endswith(" points; identical differences in all 2 seeds")
+    assert result.reason.endswith(" points, the same for every seed")
     assert "-0.0" not in result.reason
+    # On few images two seeds coincide by chance: the same numbers as accuracies decide nothing.
+    (result,) = verdicts(table, claim)
+    assert result.verdict == "undecided"
+    assert (result.p, result.p_adjusted, result.low, result.high) == (None, None, None, None)
+    assert result.reason.endswith(" points; identical differences in all 2 seeds, so there is no spread to test")
+
+
+def test_one_seed_is_enough_for_a_fact() -> None:
+    table = {("passes", "norm", "last"): {0: 0.005}}
+    assert verdicts(table, "passes[norm] < 1 %", facts=["passes"])[0].verdict == "supported"
+    assert verdicts(table, "passes[norm] < 1 %")[0].verdict == "undecided"
 
 
 def test_holm_is_over_the_claims_of_one_checkpoint_tested_or_not() -> None:
@@ -167,10 +185,10 @@ def test_rounding_of_large_numbers_is_no_spread() -> None:
         ("passes", "all", "last"): dict(enumerate(map(float, every))),
         ("passes", "norm", "last"): {seed: 0.3 * passes + 100.3 for seed, passes in enumerate(every)},
     }
-    (result,) = verdicts(table, "passes[norm] > 0.3 * passes[all]")
+    (result,) = verdicts(table, "passes[norm] > 0.3 * passes[all]", facts=["passes"])
     assert len(set(result.differences)) > 1
     assert (result.verdict, result.p) == ("supported", None)
-    assert result.reason == "difference 100.3; identical differences in all 5 seeds"
+    assert result.reason == "difference 100.3, the same for every seed"
 
 
 def test_values_that_are_not_finite_are_no_values() -> None:

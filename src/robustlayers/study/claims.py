@@ -10,7 +10,7 @@ where there is no effect is at most 5 %, and the same holds for contradicted. Cl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from robustlayers.core.errors import UserError
@@ -24,7 +24,11 @@ Lookup = Callable[[str, dict[str, str], str], Mapping[int, float]]  # (metric, l
 
 
 def judge(
-    claims: Sequence[tuple[str, Claim]], lookup: Lookup, checkpoints: Sequence[str], level: float = 0.95
+    claims: Sequence[tuple[str, Claim]],
+    lookup: Lookup,
+    checkpoints: Sequence[str],
+    level: float = 0.95,
+    facts: Collection[str] = (),
 ) -> list[ClaimResult]:
     """Return what the seeds say about each claim, for each checkpoint in the order given.
 
@@ -34,15 +38,16 @@ def judge(
     below 1 - level, else `undecided`; Holm's m counts every claim of the checkpoint, also those without a test. The
     interval is two-sided at `level` and not adjusted, so it can touch 0 where a one-sided test decides.
 
-    One seed decides nothing. Where the differences of two or more seeds are all equal there is no spread to test: p is
-    None and their sign decides (all 0 supports `>=` and `<=` and leaves `>` and `<` undecided).
+    One seed decides nothing, and nor do differences that are all equal: on few images two seeds coincide by chance, and
+    there is no spread to test. Only claims about `facts`, metrics that have no spread by nature such as `trained_share`,
+    are decided by the sign of the difference (0 supports `>=` and `<=` and leaves `>` and `<` undecided); p is then None.
     """
     if not 0 < level < 1:
         raise UserError(f"confidence level must be between 0 and 1, such as 0.95; it is {level}")
     results: list[ClaimResult] = []
     for checkpoint in checkpoints:
         evidence = [
-            _gather(say, claim, lookup, checkpoint)
+            _gather(say, claim, lookup, checkpoint, facts)
             for say, claim in claims
             if _judged_at(claim, checkpoints) in (None, checkpoint)
         ]
@@ -73,12 +78,13 @@ class _Evidence:
     left_out: tuple[int, ...]  # seeds that only some of the arms have
     differences: tuple[float, ...]
     identical: bool
+    exact: bool  # every term is a fact, which no other seed would change
     fractions: bool  # every measured value is in [0, 1]
     p: float | None
     p_against: float | None
 
 
-def _gather(say: str, claim: Claim, lookup: Lookup, checkpoint: str) -> _Evidence:
+def _gather(say: str, claim: Claim, lookup: Lookup, checkpoint: str, facts: Collection[str]) -> _Evidence:
     expression = claim.difference
     columns: list[tuple[float, dict[int, float]]] = []
     for factor, term in expression.terms:
@@ -103,6 +109,7 @@ def _gather(say: str, claim: Claim, lookup: Lookup, checkpoint: str) -> _Evidenc
         tuple(sorted(some.difference(seeds))),
         tuple(differences),
         identical=len(seeds) > 1 and p is None,
+        exact=all(term.metric in facts for _, term in expression.terms),
         fractions=all(0 <= value <= 1 for _, column in columns for value in column.values()),
         p=p,
         p_against=None if p is None else paired_t([-difference for difference in differences]),
@@ -117,6 +124,7 @@ def _verdict(item: _Evidence, checkpoint: str, toward: float, against: float, le
     reason = "; ".join(_reason(item, mean, low, high, level, min(toward, against), against < toward))
     if item.identical:
         low = high = None
+    if item.exact and item.differences:
         signs = {difference > 0 for difference in item.differences}
         if not any(item.differences):
             verdict = "supported" if item.claim.operator in (">=", "<=") else "undecided"
@@ -161,12 +169,14 @@ def _reason(
         yield "no seed has finished in every arm of the claim" if item.left_out else "no finished seeds"
         return
     text = f"difference {amount(mean)}{unit}"
-    if count == 1:
+    if item.exact:
+        yield f"{text}, the same for every seed"
+    elif count == 1:
         yield f"{text}, n = 1"
         yield "one seed cannot show spread"
     elif item.identical:
         yield text
-        yield f"identical differences in all {count} seeds"
+        yield f"identical differences in all {count} seeds, so there is no spread to test"
     elif low is not None and high is not None:
         shown = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
         side = " for the opposite" if opposite else ""

@@ -50,6 +50,7 @@ def collect(store: Store) -> Summary:
         [(c["say"], parse_claim(c["that"]).bind(factors, metrics, plan["checkpoints"])) for c in plan["claims"]],
         lookup,
         plan["checkpoints"],
+        facts=FACTS,
     )
     return Summary(
         name=plan["name"],
