@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from robustlayers.study import claims
+from robustlayers.study.definition import FACTS
 from robustlayers.study.summary import (
     Arm,
     ClaimResult,
@@ -270,7 +271,7 @@ def judge(arms: Sequence[Arm], checkpoints: Sequence[str], factors: Mapping[str,
 
     metrics = ["clean", "robust", *ATTACKS, "trained_parameters"]
     bound = [(say, claims.parse(that).bind(factors, metrics, checkpoints)) for say, that in wanted]
-    return claims.judge(bound, lookup, checkpoints)
+    return claims.judge(bound, lookup, checkpoints, facts=FACTS)
 
 
 def garments(channels: int, side: int) -> np.ndarray:

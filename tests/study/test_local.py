@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -140,6 +142,36 @@ def test_a_worker_that_dies_while_idle_loses_no_task(tmp_path: Path, planted: Mo
     execute(tasks, workers=2, threads=1, on_event=events.append)
     kinds = _kinds(events)
     assert "failed" not in kinds and kinds["done"] == ["tells", "kills", "after"]
+
+
+PARENT = """
+from planted_tasks import sleep
+from robustlayers.study.local import Task, execute
+
+if __name__ == "__main__":
+    tasks = [Task(f"sleeps {index}", sleep, ("",), ()) for index in range(2)]
+    execute(tasks, workers=2, threads=1, on_event=lambda event: print(event.kind, flush=True))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="looks at the processes of a group")
+def test_workers_end_with_a_parent_that_is_killed_while_they_have_nothing_to_report(
+    tmp_path: Path, planted: ModuleType
+) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as parent:
+        assert parent.stdout is not None
+        said = [parent.stdout.readline().strip() for _ in range(4)]
+        assert sorted(said) == ["asleep", "asleep", "started", "started"]
+        parent.kill()
+        parent.wait()
+        began = time.monotonic()
+        assert (
+            parent.stdout.read() == ""
+        )  # the pipe closes when the last worker has ended; they would sleep for a minute
+        assert time.monotonic() - began < 20
 
 
 def test_an_exception_here_ends_all_workers_at_once(planted: ModuleType) -> None:

@@ -8,10 +8,10 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from robustlayers.core.errors import Fault, UserError, nearest, one_of
+from robustlayers.core.errors import Fault, nearest, one_of
 from robustlayers.study.yaml import path_text
 
-__all__ = ["Keys", "Place", "check", "shown", "validate"]
+__all__ = ["Keys", "Place", "check", "shown"]
 
 Keys = tuple[str | int, ...]
 Place = Callable[[Keys], Fault]
@@ -20,16 +20,8 @@ Place = Callable[[Keys], Fault]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def validate(kind: type[Model], value: Any, place: Place) -> Model:
-    """Return `value` as a `kind`; all faults together are one `UserError`."""
-    model, faults = check(kind, value, place)
-    if model is None:
-        raise UserError(list(faults.values()))
-    return model
-
-
 def check(kind: type[Model], value: Any, place: Place) -> tuple[Model | None, Mapping[Keys, Fault]]:
-    """Return `value` as a `kind`, or None and what is wrong with it by path, in the order of lines."""
+    """Return `value` as a `kind`, or None and what is wrong with it by path."""
     try:
         return kind.model_validate(value), {}
     except ValidationError as error:
@@ -54,7 +46,7 @@ def _faults(kind: type[BaseModel], value: Any, errors: Sequence[Any], place: Pla
         if path not in explained:
             at = place(path)
             faults[path] = Fault(_message(kind, path, value, group), at.file, at.line, at.path or path_text(path))
-    return dict(sorted(faults.items(), key=lambda item: item[1].line or 0))
+    return faults
 
 
 def _real(error: Any, value: Any) -> Keys:
