@@ -54,6 +54,14 @@ def test_the_quickstart_compares_as_many_random_entries_as_norm_layers_have() ->
     assert trained["all but norm"] + trained["norm"] == trained["all"]
 
 
+def test_the_cut_sweep_trains_its_first_phase_once_for_all_cuts() -> None:
+    plan = make_plan(load_study(ROOT / "studies" / "cut-sweep.yaml"))
+    firsts = {arm.nodes[0] for arm in plan.arms}
+    assert len(plan.arms) == 16
+    assert len(firsts) == 2  # natural and adversarial
+    assert plan.trainings == (2 + 16) * 3
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):

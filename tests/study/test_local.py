@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -172,6 +173,22 @@ def test_workers_end_with_a_parent_that_is_killed_while_they_have_nothing_to_rep
             parent.stdout.read() == ""
         )  # the pipe closes when the last worker has ended; they would sleep for a minute
         assert time.monotonic() - began < 20
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_workers_leave_ctrl_c_to_their_parent_from_their_very_start(tmp_path: Path, planted: ModuleType) -> None:
+    events: list[Event] = []
+
+    def interrupt_workers(event: Event) -> None:
+        events.append(event)
+        for child in multiprocessing.active_children():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGINT)
+
+    path = str(tmp_path / "log.txt")
+    tasks = [Task(f"note {index}", planted.note, (path, f"{index}"), ()) for index in range(4)]
+    execute(tasks, workers=2, threads=1, on_event=interrupt_workers)
+    assert sorted(_kinds(events)["done"]) == [task.key for task in tasks] and "failed" not in _kinds(events)
 
 
 def test_an_exception_here_ends_all_workers_at_once(planted: ModuleType) -> None:
