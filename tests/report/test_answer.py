@@ -61,7 +61,7 @@ def test_arms_are_ordered_by_robustness(small):
     means = [one.robust.mean for one in said]
     assert means == sorted(means, reverse=True)
     assert said[0].text.endswith("trains 75,002 parameters (100%) in its last phase.")
-    assert said[-1].text.endswith("trains nothing in its last phase.")
+    assert said[-1].text.endswith("trains no parameters in its last phase.")
 
 
 def test_one_seed_is_said_plainly(fake):

@@ -137,7 +137,7 @@ def _standings(summary: Summary, checkpoint: str) -> list[Standing]:
         trained = (
             f"trains {count(arm.trained_parameters)} parameters ({share(arm.trained_share)}) in its last phase"
             if arm.trained_parameters
-            else "trains nothing in its last phase"
+            else "trains no parameters in its last phase"
         )
         found.append(Standing(arm, clean, robust, f"{text}; {trained}."))
     return sorted(found, key=lambda one: math.inf if one.robust.mean is None else -one.robust.mean)

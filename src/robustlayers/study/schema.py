@@ -83,7 +83,9 @@ class DataConfig(_Closed):
     )
     validation_seed: int = Field(default=0, ge=0, description="of the cut; the same for all seeds of the study")
     augment: AugmentConfig = AugmentConfig()
-    train_images: int | None = Field(default=None, ge=10, description="use only so many training images, stratified")
+    train_images: int | None = Field(
+        default=None, ge=10, description="use only about so many training images, the same share of each class"
+    )
     test_images: int | None = Field(default=None, ge=10, description="use only so many test images, the first ones")
 
 
