@@ -109,3 +109,33 @@ def test_mistakes_are_one_line(tmp_path: Path, start: str, line: str) -> None:
         study(tmp_path, start)
     (fault,) = error.value.faults
     assert str(fault).startswith(f"{tmp_path}/study.yaml:{line}")
+
+
+OPTIMIZED = STUDY.replace(", start: START", ", optimizer: OPTIMIZER")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "line"),
+    [
+        ("{groups: {nrm: {lr: 1}}}", "9: phases.2.optimizer: unknown group 'nrm'; nearest: norm"),
+        ("{groups: {norm: {lr: 1}}}", "9: phases.2.optimizer: group 'norm' is frozen"),
+        ("{groups: {rest: {lr: -1}}}", "9: phases.2.optimizer.groups.rest.lr: -1 is not allowed; allowed: more than 0"),
+        ("{groups: {rest: {lrr: 1}}}", "9: phases.2.optimizer.groups.rest.lrr: unknown key 'lrr'; nearest: lr"),
+        ("{decay: norm}", "9: phases.2.optimizer.decay: unknown value 'norm'; allowed: all, weights"),
+    ],
+)
+def test_mistakes_in_optimizers_are_one_line(tmp_path: Path, optimizer: str, line: str) -> None:
+    (tmp_path / "study.yaml").write_text(OPTIMIZED.replace("OPTIMIZER", optimizer))
+    with pytest.raises(UserError) as error:
+        load_study(tmp_path / "study.yaml")
+    (fault,) = error.value.faults
+    assert str(fault).startswith(f"{tmp_path}/study.yaml:{line}")
+
+
+def test_settings_of_a_group_are_part_of_the_identity(tmp_path: Path) -> None:
+    found = []
+    for optimizer in ("{}", "{groups: {rest: {lr: 0.01}}}", "{decay: weights}"):
+        (tmp_path / "study.yaml").write_text(OPTIMIZED.replace("OPTIMIZER", optimizer))
+        found.append(make_plan(load_study(tmp_path / "study.yaml")).arms[0].nodes)
+    assert len({nodes[2] for nodes in found}) == 3
+    assert len({nodes[:2] for nodes in found}) == 1

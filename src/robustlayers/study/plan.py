@@ -131,6 +131,15 @@ def _select(recipe: Recipe, phase: PhaseConfig) -> str:
     return chosen if chosen != "auto" else "robust" if _needs_attack(phase) else "clean"
 
 
+def _settings(phase: PhaseConfig) -> dict[str, Any]:
+    """Return the plain settings of a phase; options that came later count only where they are used."""
+    settings = phase.model_dump(mode="json", exclude={"train", "attack", "start"})
+    for key, default in (("decay", "all"), ("groups", {})):
+        if settings["optimizer"][key] == default:
+            del settings["optimizer"][key]
+    return settings
+
+
 def _node(
     definition: ArmDefinition, phase: PhaseConfig, parent: str | None, first_epoch: int, earlier: Mapping[str, str]
 ) -> PhaseNode:
@@ -147,7 +156,7 @@ def _node(
         "schema": SCHEMA,
         "parent": parent,
         "phase": {
-            **phase.model_dump(mode="json", exclude={"train", "attack", "start"}),
+            **_settings(phase),
             "groups": groups,
             "attack": asdict(attack) | {"kind": type(attack).__name__} if adversarial else None,
         },

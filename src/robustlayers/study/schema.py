@@ -123,6 +123,14 @@ class NormalizationConfig(_Closed):
     adversarial: SwitchConfig = SwitchConfig()
 
 
+class GroupOptimizerConfig(_Closed):
+    """What one group does otherwise; left out: as the rest does."""
+
+    lr: Quantity | None = Field(default=None, gt=0)
+    momentum: Quantity | None = Field(default=None, ge=0, lt=1)
+    weight_decay: Quantity | None = Field(default=None, ge=0)
+
+
 class OptimizerConfig(_Closed):
     """One optimizer for the trained groups of a phase."""
 
@@ -132,6 +140,12 @@ class OptimizerConfig(_Closed):
     weight_decay: Quantity = Field(default=5e-4, ge=0)
     nesterov: bool = False
     betas: list[Annotated[Quantity, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    decay: Literal["all", "weights"] = Field(
+        default="all", description="what weight decay reaches; weights: neither norm layers nor biases"
+    )
+    groups: dict[str, GroupOptimizerConfig] = Field(
+        default={}, description="group of the phase -> what it does otherwise"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> OptimizerConfig:

@@ -29,7 +29,14 @@ from robustlayers.study.schema import (
     ThreatConfig,
 )
 from robustlayers.study.validate import Place
-from robustlayers.training import OptimizerSettings, PartialStep, Schedule, parse_signal
+from robustlayers.training import (
+    GroupSettings,
+    OptimizerSettings,
+    PartialStep,
+    Schedule,
+    build_optimizer,
+    parse_signal,
+)
 
 __all__ = [
     "attack_label",
@@ -87,8 +94,16 @@ def build_policy(config: NormalizationConfig) -> NormPolicy:
 def build_optimizer_settings(config: OptimizerConfig) -> OptimizerSettings:
     """Return the optimizer's settings of a phase."""
     first, second = config.betas
+    groups = {name: GroupSettings(own.lr, own.momentum, own.weight_decay) for name, own in config.groups.items()}
     return OptimizerSettings(
-        config.name, config.lr, config.momentum, config.weight_decay, config.nesterov, (first, second)
+        config.name,
+        config.lr,
+        config.momentum,
+        config.weight_decay,
+        config.nesterov,
+        (first, second),
+        config.decay,
+        groups,
     )
 
 
@@ -238,4 +253,6 @@ def _check_groups(recipe: Recipe, dataset: Dataset, found: Faults) -> None:
             if any(path[:3] == ("phases", index, "train") for path in found.paths[:known]):
                 continue  # without its signals there is no step to check
             policy = build_policy(phase.normalization)
-            PartialStep(model, partition, phase.train, optimizer=None, attack=attack, policy=policy)
+            step = PartialStep(model, partition, phase.train, optimizer=None, attack=attack, policy=policy)
+            with found.at("phases", index, "optimizer"):
+                build_optimizer(partition, step.signals, build_optimizer_settings(phase.optimizer))

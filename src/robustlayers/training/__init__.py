@@ -3,7 +3,9 @@
 from robustlayers.training.ledger import GroupChange, compare, snapshot
 from robustlayers.training.objectives import FROZEN, OBJECTIVES, Objective, Signal, parse_signal, signal_text
 from robustlayers.training.optimizers import (
+    DECAYS,
     OPTIMIZERS,
+    GroupSettings,
     OptimizerSettings,
     build_optimizer,
     load_optimizer,
@@ -15,6 +17,7 @@ from robustlayers.training.step import Gradients, PartialStep, StepLog
 from robustlayers.training.trainer import Diverged, EpochLog, PhaseTrainer
 
 __all__ = [
+    "DECAYS",
     "FROZEN",
     "OBJECTIVES",
     "OPTIMIZERS",
@@ -24,6 +27,7 @@ __all__ = [
     "EpochLog",
     "Gradients",
     "GroupChange",
+    "GroupSettings",
     "Objective",
     "OptimizerSettings",
     "PartialStep",
