@@ -62,6 +62,7 @@ def test_l2_reaches_the_optimum_of_a_linear_model(linear, n, dtype):
             (PGD(L2(eps), loss="margin", random_start=False), 1 - 1e-5),
             (PGD(L2(eps), steps=40, step_size=eps / 4, loss="margin"), 0.99),
             (PGD(L2(eps), steps=40, step_size=eps / 4, loss="ce"), 0.99),
+            *((PGD(L2(eps), steps=steps), 0.99) for steps in (5, 10, 20, 40)),  # as it comes
         ):
             x_adv = attack(model, x, y, generator=generator())
             gain = margin(model(x_adv), y) - margin(model(x), y)

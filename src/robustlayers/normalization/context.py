@@ -88,7 +88,7 @@ def _set(module: nn.Module, by: str, update: bool, undo: list[Callable[[], objec
     known = isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.nn.")
     if known and by == "batch":
         undo.append(partial(setattr, module, "track_running_stats", module.track_running_stats))
-        setattr(module, "track_running_stats", False)  # noqa: B010
+        setattr(module, "track_running_stats", False)  # noqa: B010  # type checkers take an attribute for a tensor
     elif moving or not known:
         undo.append(_lend_copies(module))
 
