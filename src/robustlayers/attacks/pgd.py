@@ -42,9 +42,10 @@ class PGD:
     boundary from any start (Madry et al. 2018), and 4 eps / steps in l2: there a random start lies near the boundary and
     has to be turned along it, and a path of 2.5 eps ends 2 to 5 % short of a linear model's optimum.
 
-    `loss` is `ce`, `margin`, `dlr` or `kl`. `keep="best"` returns, for each image, the best of all iterates of all restarts, the last one included: misclassified before not, then the
-    higher loss; this costs one more forward for each restart. `keep="last"` returns the last iterate. Restarts are
-    nested: the first r of r + 1 restarts see the draws of a run with r, so accuracy never rises with restarts.
+    `loss` is `ce`, `margin`, `dlr` or `kl`. `keep="best"` returns, for each image, the best of all iterates of all
+    restarts, the last one included: misclassified before not, then the higher loss; this costs one more forward for each
+    restart. `keep="last"` returns the last iterate. Restarts are nested: the first r of r + 1 restarts see the draws of a
+    run with r, so accuracy never rises with restarts.
 
     Raises `UserError` for values that are not allowed, and for settings in which the attack could do nothing.
 
