@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from robustlayers.attacks import PGD
 from robustlayers.study.definition import Study, load_study
 from robustlayers.study.describe import describe_plan
 from robustlayers.study.plan import Plan, make_plan
@@ -37,7 +38,7 @@ factors:
 evaluate: {attacks: [pgd-5, apgd-ce-5], monitor: {attack: fgsm, images: 100}}
 """
 GOLDEN_NODES = ["4bcfa9e08805134b", "1bc8a09db0070d46", "cb214307ad148b3e"]
-GOLDEN_RUNS = ["97df3a6eb87d6e21", "ba8084db97a6b078"]
+GOLDEN_RUNS = ["1566d14e992f09af", "b8e0d5b1bc440556"]
 
 
 def _names(plan: Plan) -> tuple[list[str], list[str]]:
@@ -47,6 +48,15 @@ def _names(plan: Plan) -> tuple[list[str], list[str]]:
 def test_identities_are_what_they_were(tmp_path: Path) -> None:
     (tmp_path / "golden.yaml").write_text(GOLDEN_STUDY)
     assert _names(make_plan(load_study(tmp_path / "golden.yaml"))) == (GOLDEN_NODES, GOLDEN_RUNS)
+
+
+def test_a_default_step_counts_as_the_number_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = GOLDEN_STUDY.replace(", step_size: 4/255", "").replace("attack: fgsm", "attack: pgd-2")
+    (tmp_path / "golden.yaml").write_text(text)
+    before = _names(make_plan(load_study(tmp_path / "golden.yaml")))
+    monkeypatch.setattr(PGD, "step", property(lambda attack: 3 * attack.threat.eps / attack.steps))
+    after = _names(make_plan(load_study(tmp_path / "golden.yaml")))
+    assert all(was != now for was, now in zip(before[0] + before[1], after[0] + after[1], strict=True))
 
 
 def test_arms_share_their_equal_first_phases(plan: Plans) -> None:

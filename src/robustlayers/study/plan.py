@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from robustlayers.attacks import PGD
 from robustlayers.core.identity import digest
 from robustlayers.study.begin import start_content
 from robustlayers.study.definition import ArmDefinition, Study
 from robustlayers.study.schema import PhaseConfig, Recipe
 from robustlayers.study.semantics import (
+    NamedAttack,
     attack_label,
     build_attack,
     data_of,
@@ -131,6 +133,12 @@ def _select(recipe: Recipe, phase: PhaseConfig) -> str:
     return chosen if chosen != "auto" else "robust" if _needs_attack(phase) else "clean"
 
 
+def _attack(attack: NamedAttack) -> dict[str, Any]:
+    """Return what decides an attack, its step as a number: another default one day must not pass for the same run."""
+    resolved = {"step_size": attack.step} if isinstance(attack, PGD) else {}
+    return {**asdict(attack), **resolved, "kind": type(attack).__name__}
+
+
 def _settings(phase: PhaseConfig) -> dict[str, Any]:
     """Return the plain settings of a phase; options that came later count only where they are used."""
     settings = phase.model_dump(mode="json", exclude={"train", "attack", "start"})
@@ -158,10 +166,10 @@ def _node(
         "phase": {
             **_settings(phase),
             "groups": groups,
-            "attack": asdict(attack) | {"kind": type(attack).__name__} if adversarial else None,
+            "attack": _attack(attack) if adversarial else None,
         },
         "monitor": {
-            "attack": asdict(watching) | {"kind": type(watching).__name__},
+            "attack": _attack(watching),
             "images": monitor.images,
             "select": _select(recipe, phase),
             "batch_size": recipe.evaluate.batch_size,
@@ -204,7 +212,7 @@ def _run(recipe: Recipe, last: str) -> str:
         "trained": last,
         "threat": recipe.threat.model_dump(mode="json"),
         "attacks": [
-            asdict(build_attack(what, recipe.threat)) | {"label": attack_label(what, recipe.threat)}
+            _attack(build_attack(what, recipe.threat)) | {"label": attack_label(what, recipe.threat)}
             for what in recipe.evaluate.attacks
         ],
         "checkpoints": recipe.evaluate.checkpoints,
