@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -131,6 +132,14 @@ def test_buffers_alone_need_no_optimizer(net):
             {"name": "adam", "betas": (0.9, 1.0)},
             "optimizer: betas [0.9, 1.0]; allowed: two numbers from 0 to less than 1",
         ),
+        ({"lr": 0}, "optimizer: lr 0; allowed: a number of more than 0"),
+        ({"lr": math.inf}, "optimizer: lr inf; allowed: a number of more than 0"),
+        ({"momentum": 1.0}, "optimizer: momentum 1.0; allowed: a number from 0 to less than 1"),
+        ({"weight_decay": -0.1}, "optimizer: weight decay -0.1; allowed: a number of at least 0"),
+        ({"clip": 0.0}, "optimizer: clip 0.0; allowed: a number of more than 0"),
+        ({"rates": "rng"}, "unknown rates 'rng'; nearest: rgn; allowed: fixed, rgn"),
+        ({"rates_batches": 0}, "optimizer: rates batches 0; allowed: a whole number of at least 1"),
+        ({"rates_batches": True}, "optimizer: rates batches True; allowed: a whole number of at least 1"),
     ],
 )
 def test_a_mistake_is_told(options, message):
@@ -142,4 +151,7 @@ def test_a_mistake_is_told(options, message):
 def test_the_text_says_all_that_counts():
     assert str(SETTINGS[0]) == "sgd, lr 0.1, momentum 0.9, Nesterov, weight decay 0.01"
     assert str(SETTINGS[2]) == "adam, lr 0.01, betas 0.8, 0.95, weight decay 0.01"
+    assert str(OptimizerSettings(clip=2, rates="rgn", rates_batches=1)).endswith(
+        "weight decay 0.0005, gradient norm at most 2, layer rates by relative gradient norm of 1 batch"
+    )
     assert {settings.name for settings in SETTINGS} == set(OPTIMIZERS)

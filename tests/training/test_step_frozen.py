@@ -205,13 +205,7 @@ def test_planted_evaluation_mode_that_counts_batches_is_noticed(net, batch, monk
 
 
 def test_planted_neglect_of_divided_tensors_is_noticed(net, batch, monkeypatch):
-    bind = PartialStep._bind
-
-    def careless(self):
-        bind(self)
-        self._divided = {}
-
-    monkeypatch.setattr(PartialStep, "_bind", careless)
+    monkeypatch.setattr("robustlayers.training.binding._divided", lambda entries: {})
     model = net("mlp")
     partition, changed = run_phase(
         model, batch, "random(like=linear.bias)", "natural", OPTIMIZERS["sgd"](model.parameters()), NormPolicy()

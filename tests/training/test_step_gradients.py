@@ -262,7 +262,7 @@ def test_a_pass_keeps_its_gradient_though_the_next_pass_updates_the_statistics(n
     policy = NormPolicy(clean=Switch("running", False), adversarial=Switch("batch", True))
     step = PartialStep(model, partition, chosen, optimizer=None, attack=ATTACK, policy=policy)
     if planted:  # the clean pass keeps the statistics by reference
-        step._moving = {name: set() for name in step._moving}
+        step.binding().moving = {name: set() for name in step.passes}
     expected, _ = by_brute_force(model, partition, chosen, x, y, {"clean": "running", "adversarial": "batch"})
     found = step.gradients(x, y, generator=stream(0, "attack", 9)).by_name
     error = max(float((found[key] - value).abs().max()) for key, value in expected.items())

@@ -208,7 +208,7 @@ def test_a_bias_right_before_batch_norm_may_stay_where_it_is(images):
     assert all(change.kept for change in trainer.verify())
     # A process that was killed after the last epoch trains no step more: it must know from the state.
     again = trainer_of(copy.deepcopy(fresh), images, groups={"all": "all"}, signals={"all": "natural"}, epochs=1)
-    again.load_state(trainer.state(), 1)
+    again.load_state(trainer.state())
     assert all(change.kept for change in again.verify())
 
 

@@ -78,7 +78,7 @@ def test_a_resume_after_every_epoch_is_bit_identical(trainer, tmp_path, signals,
     ledger = whole.verify()
     for k, path in enumerate(states):
         resumed = trainer(signals=signals, optimizer=optimizer)
-        resumed.load_state(read_tensors(path), k)
+        resumed.load_state(read_tensors(path))
         assert outcome(resumed)[0] != end[0]  # there was something left to do
         again = [resumed.train_epoch() for _ in range(k, EPOCHS)]
         assert outcome(resumed) == end
@@ -101,7 +101,7 @@ def test_so_it_is_with_train_mode_crafting_statistics_alone_and_single_entries(t
     whole.train_epoch()
     whole.train_epoch()
     resumed = trainer(kind, **options)
-    resumed.load_state(state, 1)
+    resumed.load_state(state)
     resumed.train_epoch()
     resumed.train_epoch()
     assert outcome(resumed) == outcome(whole)
@@ -114,7 +114,7 @@ def test_the_check_would_notice_a_momentum_that_was_lost(trainer):
     state = whole.state()
     whole.train_epoch()
     resumed = trainer()
-    resumed.load_state({name: t for name, t in state.items() if not name.startswith("optimizer/")}, 1)
+    resumed.load_state({name: t for name, t in state.items() if not name.startswith("update/optimizer/")})
     resumed.train_epoch()
     assert outcome(resumed) != outcome(whole)
 
@@ -156,7 +156,7 @@ def test_dropout_resumes_too_and_the_global_random_state_is_left_alone(trainer):
     assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == python_state
     torch.rand(11)
     resumed = trainer(with_dropout())
-    resumed.load_state(state, 1)
+    resumed.load_state(state)
     resumed.train_epoch()
     assert outcome(resumed) == outcome(whole)
 
@@ -169,9 +169,9 @@ def seen_by(trainer):
     class Spy:
         optimizer = None
 
-        def __call__(self, x, y, *, generator):
+        def __call__(self, x, y, *, generator, turn):
             seen.append((x, y, torch.rand(3, generator=copy_of(generator))))
-            return honest(x, y, generator=generator)
+            return honest(x, y, generator=generator, turn=turn)
 
     trainer.step = Spy()
     trainer.train_epoch()
@@ -208,4 +208,4 @@ def test_a_state_holds_copies(trainer):
     kept = copy.deepcopy(state)
     made.train_epoch()
     assert all(torch.equal(state[name], kept[name]) for name in kept)
-    assert set(state) >= {"model/conv1.weight", "optimizer/conv1.weight/momentum_buffer"}
+    assert set(state) >= {"model/conv1.weight", "update/optimizer/conv1.weight/momentum_buffer"}

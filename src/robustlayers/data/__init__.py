@@ -3,7 +3,19 @@
 from robustlayers.data.augment import Augment
 from robustlayers.data.fetch import fetch
 from robustlayers.data.images import Dataset, Images, to_float
-from robustlayers.data.order import batch_count, batches, split
+from robustlayers.data.order import batch_count, batch_sizes, batches, split
 from robustlayers.data.sources import load, names
 
-__all__ = ["Augment", "Dataset", "Images", "batch_count", "batches", "fetch", "load", "names", "split", "to_float"]
+__all__ = [
+    "Augment",
+    "Dataset",
+    "Images",
+    "batch_count",
+    "batch_sizes",
+    "batches",
+    "fetch",
+    "load",
+    "names",
+    "split",
+    "to_float",
+]

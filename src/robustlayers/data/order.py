@@ -13,7 +13,7 @@ from robustlayers.core.random import stream
 from robustlayers.data.augment import Augment
 from robustlayers.data.images import Images, to_float
 
-__all__ = ["batch_count", "batches", "split"]
+__all__ = ["batch_count", "batch_sizes", "batches", "split"]
 
 
 def split(train: Images, share: float | str, seed: int = 0) -> tuple[Images, Images]:
@@ -50,6 +50,16 @@ def batch_count(n: int, batch_size: int) -> int:
         raise UserError(f"{n} training image(s); allowed: at least 2, so that batch statistics have a variance")
     whole, left = divmod(n, batch_size)
     return whole + (left > 1)
+
+
+def batch_sizes(n: int, batch_size: int) -> list[int]:
+    """Return the number of images in each batch of an epoch over `n` images.
+
+    >>> batch_sizes(10, 5), batch_sizes(11, 5), batch_sizes(12, 5)
+    ([5, 5], [5, 6], [5, 5, 2])
+    """
+    count = batch_count(n, batch_size)
+    return [batch_size] * (count - 1) + [n - batch_size * (count - 1)]
 
 
 def batches(

@@ -19,7 +19,7 @@ from typing import Literal
 
 __all__ = ["PASSES", "NormPolicy", "Switch"]
 
-PASSES = ("craft", "clean", "adversarial", "evaluate")
+PASSES = ("craft", "clean", "adversarial", "ascent", "evaluate")
 
 By = Literal["auto", "batch", "running"]
 Update = Literal["auto"] | bool
@@ -53,6 +53,9 @@ class Switch:
 class NormPolicy:
     """The switches of every pass; the default crafts by running statistics without a trace.
 
+    `ascent` is for passes at weights that an ascent has perturbed; published code lets them update the running
+    statistics, here they do not unless told to.
+
     Bag of Tricks for Adversarial Training (Pang et al. 2021, section 3) finds crafting in evaluation mode to keep more
     clean accuracy; Rice et al. 2020 craft in train mode, which is `NormPolicy(craft=Switch("batch", True))`.
     """
@@ -60,6 +63,7 @@ class NormPolicy:
     craft: Switch = field(default=Switch("running", False))
     clean: Switch = field(default=Switch())
     adversarial: Switch = field(default=Switch())
+    ascent: Switch = field(default=Switch("auto", False))
     evaluate: Switch = field(default=Switch("running", False))
 
     def __getitem__(self, name: str) -> Switch:

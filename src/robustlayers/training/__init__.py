@@ -1,33 +1,44 @@
 """Training: objectives, the partial step, phases that can be stopped and resumed, and the ledger of what moved."""
 
+from robustlayers.training.ascent import Ascent, parse_ascent, perturbation, perturbed, stationary
+from robustlayers.training.ascent_rules import ASCENTS
+from robustlayers.training.clipping import clip_gradients
 from robustlayers.training.ledger import GroupChange, compare, snapshot
+from robustlayers.training.multirate import Multirate, due
 from robustlayers.training.objectives import FROZEN, OBJECTIVES, Objective, Signal, parse_signal, signal_text
 from robustlayers.training.optimizers import (
     DECAYS,
     OPTIMIZERS,
+    RATES,
     GroupSettings,
     OptimizerSettings,
     build_optimizer,
     load_optimizer,
     optimizer_tensors,
+    owners,
 )
+from robustlayers.training.rates import apply_rates, average_norms, relative_gradient_norms
 from robustlayers.training.schedules import SCHEDULES, Schedule
 from robustlayers.training.starts import STARTS, concerned, copy_entries, start_group
 from robustlayers.training.step import Gradients, PartialStep, StepLog
 from robustlayers.training.trainer import Diverged, EpochLog, PhaseTrainer
 
 __all__ = [
+    "ASCENTS",
     "DECAYS",
     "FROZEN",
     "OBJECTIVES",
     "OPTIMIZERS",
+    "RATES",
     "SCHEDULES",
     "STARTS",
+    "Ascent",
     "Diverged",
     "EpochLog",
     "Gradients",
     "GroupChange",
     "GroupSettings",
+    "Multirate",
     "Objective",
     "OptimizerSettings",
     "PartialStep",
@@ -35,14 +46,24 @@ __all__ = [
     "Schedule",
     "Signal",
     "StepLog",
+    "apply_rates",
+    "average_norms",
     "build_optimizer",
+    "clip_gradients",
     "compare",
     "concerned",
     "copy_entries",
+    "due",
     "load_optimizer",
     "optimizer_tensors",
+    "owners",
+    "parse_ascent",
     "parse_signal",
+    "perturbation",
+    "perturbed",
+    "relative_gradient_norms",
     "signal_text",
     "snapshot",
     "start_group",
+    "stationary",
 ]

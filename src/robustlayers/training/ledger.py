@@ -6,8 +6,9 @@ gradient or moved, and something did move (a group that holds only buffers: at l
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ class GroupChange:
     relative_l2: float  # |after - before|_2 / |before|_2 over the group's parameter entries
     largest: float  # max |after - before| over them
     broken: tuple[str, ...]  # tensors that broke the group's promise
+    before: str = ""  # SHA-256 of the group's entries before and after, 16 hexadecimal digits
+    after: str = ""
+    effective_lr: float | None = None  # mean over updates of |lr g|_2 / |theta|_2
+    gradient_passes: int = 0  # backward passes of single images that the group's gradient was taken from
 
     @property
     def kept(self) -> bool:
@@ -53,14 +58,23 @@ def compare(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     reached: Collection[str] | None = None,
+    *,
+    effective_rates: Mapping[str, float] | None = None,
+    learned: Mapping[str, int] | None = None,
 ) -> list[GroupChange]:
     """Return the ledger of a phase from the tensors before and after it.
+
+    `effective_rates` and `learned` (backward passes) are what the training measured, by group.
 
     A trained parameter tensor that did not move breaks its promise, unless it is among the `reached`: those that did get
     a gradient. A bias right before batch norm gets one of rounding noise, too small to change it.
     """
     return [
-        _change(group, selection, signals[group], before, after, reached or ())
+        replace(
+            _change(group, selection, signals[group], before, after, reached or ()),
+            effective_lr=(effective_rates or {}).get(group),
+            gradient_passes=(learned or {}).get(group, 0),
+        )
         for group, selection in partition.groups.items()
     ]
 
@@ -76,11 +90,15 @@ def _change(
     moved = {False: 0, True: 0}
     broken: list[str] = []
     square = reference = largest = 0.0
+    digests = hashlib.sha256(), hashlib.sha256()
     for name, mask in selection.parts.items():
         entry = selection.inventory.entries[name]
         old, new = before[name].detach().cpu(), after[name].detach().cpu()
         if mask is not None:
-            old, new = old[mask], new[mask]
+            old, new = old[mask.cpu()], new[mask.cpu()]
+        for digest, tensor in zip(digests, (old, new), strict=True):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
         # Bits, not values: -0.0 against 0.0 and one NaN against another are changes too.
         differs = _bits(old) != _bits(new)
         count = int(differs.sum())
@@ -106,6 +124,8 @@ def _change(
         relative_l2=(square / reference) ** 0.5 if reference else (0.0 if not square else float(square**0.5)),
         largest=largest,
         broken=tuple(broken),
+        before=digests[0].hexdigest()[:16],
+        after=digests[1].hexdigest()[:16],
     )
 
 

@@ -24,19 +24,27 @@ Signal = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss L(logits of each pass, y) averaged over the batch, and the passes (`clean`, `adversarial`) it reads."""
+    """A loss of each sample, [n], from the logits of each pass it reads (`clean`, `adversarial`) and y."""
 
     name: str
     passes: tuple[str, ...]
-    loss: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    per_sample: Callable[..., Tensor]  # (logits by pass, y, reduction="none" | "mean")
+
+    def loss(self, logits: Mapping[str, Tensor], y: Tensor) -> Tensor:
+        """Return the mean over the batch."""
+        return self.per_sample(logits, y, "mean")
+
+    def losses(self, logits: Mapping[str, Tensor], y: Tensor) -> Tensor:
+        """Return the loss of each sample."""
+        return self.per_sample(logits, y, "none")
 
 
-def _natural(logits: Mapping[str, Tensor], y: Tensor) -> Tensor:
-    return functional.cross_entropy(logits["clean"], y)
+def _natural(logits: Mapping[str, Tensor], y: Tensor, reduction: str) -> Tensor:
+    return functional.cross_entropy(logits["clean"], y, reduction=reduction)
 
 
-def _adversarial(logits: Mapping[str, Tensor], y: Tensor) -> Tensor:
-    return functional.cross_entropy(logits["adversarial"], y)
+def _adversarial(logits: Mapping[str, Tensor], y: Tensor, reduction: str) -> Tensor:
+    return functional.cross_entropy(logits["adversarial"], y, reduction=reduction)
 
 
 OBJECTIVES: dict[str, Objective] = {

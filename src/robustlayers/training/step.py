@@ -2,8 +2,9 @@
 
 with guard(model):                                # leaves no trace, also on an exception
     x_adv = attack(model under policy.craft, x, y)
-for objective in distinct(signals):
-    gradients |= d objective / d (groups that learn from it)     # backward stops at the shallowest of them
+with perturbed(weights by ascent):                # AWP, SAM, ... on a selector of their own, if any
+    for objective in distinct(signals):
+        gradients |= d objective / d (groups that learn from it)     # backward stops at the shallowest of them
 optimizer.step()                                  # frozen: requires_grad False and grad None
 """
 
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +22,32 @@ from robustlayers.attacks.guard import guard
 from robustlayers.attacks.registry import is_own
 from robustlayers.core.errors import Fault, UserError, one_of
 from robustlayers.core.random import stream
-from robustlayers.normalization.context import Setting, normalizing
+from robustlayers.normalization.context import normalizing
 from robustlayers.normalization.fold import CraftingForward, crafting_forward
 from robustlayers.normalization.policy import NormPolicy
-from robustlayers.selection.inventory import Entry, is_norm
 from robustlayers.selection.partition import Partition
-from robustlayers.training.objectives import OBJECTIVES, Signal, parse_signal
+from robustlayers.training.ascent import Ascent, bind, climb, parse_ascent, perturbed, stationary
+from robustlayers.training.binding import Binding, Shares
+from robustlayers.training.objectives import Signal, parse_signal
 
-__all__ = ["Attack", "Gradients", "PartialStep", "StepLog"]
+__all__ = ["WHOLE", "Attack", "Gradients", "PartialStep", "StepLog", "Turn", "scaled"]
 
 Attack = Callable[..., Tensor]
 """`attack(forward, x, y, *, generator) -> x_adv`"""
 
-_PASS_OF = {"clean": "natural", "adversarial": "adversarial"}
+
+@dataclass(frozen=True)
+class Turn:
+    """What sets one step of a phase apart from the others."""
+
+    learning: frozenset[str] | None = None  # groups that learn; the others are frozen in this step. None: as signaled
+    due: frozenset[str] | None = None  # of those, the groups whose gradient is taken. None: all
+    eps: float = 1.0  # factor of the attack's eps and step size; at 0 the adversarial images are the natural ones
+    ascend: bool = True  # whether the ascent is made
+
+
+WHOLE = Turn()
+"""A step in which every group does what its signal says."""
 
 
 @dataclass
@@ -75,6 +90,8 @@ class PartialStep:
             folded equivalent of the model where crafting normalizes by running statistics.
         optimizer: anything with `step()` and `param_groups` over parameters of the model.
         policy: what norm layers do in each pass.
+        ascent: perturbs weights before the gradient is taken: every perturbed tensor climbs the loss that it descends, a
+            frozen one the sum of all; the passes at the perturbed weights have the norm policy `ascent`.
         seed: of the attack's own random stream, one draw per step, unless `generator` is given to the call.
 
     Raises:
@@ -101,6 +118,7 @@ class PartialStep:
         optimizer: torch.optim.Optimizer | None,
         attack: Attack | None = None,
         policy: NormPolicy | None = None,
+        ascent: Ascent | str | Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         if partition.model is not model:
@@ -112,29 +130,35 @@ class PartialStep:
         self.reached: set[str] = set()  # tensors that got a gradient in any step
         self._folded: CraftingForward | None = None
         self.signals = _signals(partition, signals)
-        self.objectives = [OBJECTIVES[name] for name in OBJECTIVES if any(name in s for s in self.signals.values())]
-        if not self.objectives:
+        if not any(self.signals.values()):
             raise UserError("every group is frozen: nothing to train")
-        self.passes = tuple(
-            name for name in ("clean", "adversarial") if any(name in objective.passes for objective in self.objectives)
-        )
+        self._tensors: dict[str, Tensor] = {e.name: e.tensor for e in partition.inventory if not e.buffer}
+        self.ascent = None if ascent is None else parse_ascent(ascent)
+        self._climbed = None if self.ascent is None else bind(self.ascent, partition.inventory)
+        self._bindings: dict[Turn, Binding] = {}
+        binding = self.binding()
+        self.objectives, self.passes = binding.objectives, binding.passes
         if "adversarial" in self.passes and attack is None:
             raise UserError("a signal is adversarial, so an attack is needed")
-        self._bind()
         if optimizer is not None:
             held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-            lacking = [name for name in self._trained if id(self._tensors[name]) not in held]
+            lacking = [name for name in binding.trained if id(self._tensors[name]) not in held]
             if lacking:
                 more = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
                 raise UserError(f"the optimizer lacks tensors that are to learn: {', '.join(lacking[:4])}{more}")
 
-    def __call__(self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> StepLog:
+    def __call__(
+        self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None, turn: Turn = WHOLE
+    ) -> StepLog:
         """Craft, differentiate and update on one batch: x float [n, c, h, w] in [0, 1], y int64 [n]."""
         if self.optimizer is None:
             raise UserError("this step has no optimizer; use gradients() or give one")
-        with self._scope():
-            gradients = self._gradients(x, y, generator)
-            divided = {name: self._tensors[name].detach().clone() for name in self._divided}
+        binding = self.binding(turn)
+        with self._scope(binding):
+            gradients = self._gradients(x, y, generator, turn, binding)
+            # A group that waits for its turn may still move, by linear drift.
+            entries = self.binding(Turn(turn.learning)).divided
+            divided = {name: self._tensors[name].detach().clone() for name in entries}
             for name, tensor in self._tensors.items():
                 tensor.grad = gradients.by_name.get(name)
                 tensor.requires_grad_(name in gradients.by_name)
@@ -142,98 +166,54 @@ class PartialStep:
             with torch.no_grad():
                 for name, before in divided.items():
                     tensor = self._tensors[name]
-                    tensor.copy_(torch.where(self._divided[name], tensor, before))
+                    tensor.copy_(torch.where(entries[name], tensor, before))
         self.steps += 1
         return gradients.log
 
-    def gradients(self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Gradients:
+    def gradients(
+        self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None, turn: Turn = WHOLE
+    ) -> Gradients:
         """Return the step's gradients without updating parameters; running statistics move as in a step."""
-        with self._scope():
-            return self._gradients(x, y, generator)
+        binding = self.binding(turn)
+        with self._scope(binding):
+            return self._gradients(x, y, generator, turn, binding)
 
-    def passes_per_batch(self) -> tuple[int, int]:
-        """Return (forward, backward) passes of one batch, the attack's included."""
-        forward, backward = len(self.passes), len(self._backwards())
-        if "adversarial" in self.passes:
+    def passes_per_batch(self, turn: Turn = WHOLE) -> tuple[int, int]:
+        """Return (forward, backward) passes of one batch, the attack's and the ascent's included."""
+        binding = self.binding(turn)
+        forward, backward = len(binding.passes), binding.backwards
+        if self._ascends(binding, turn) and self.ascent is not None:
+            steps = self.ascent.resolved().steps or 1
+            forward += steps * len(binding.passes)
+            backward += steps * sum(map(bool, binding.climbs.values()))
+        if "adversarial" in binding.passes and turn.eps > 0:
             forward += getattr(self.attack, "forward_passes", 0)
             backward += getattr(self.attack, "backward_passes", 0)
         return forward, backward
 
-    # -- binding ---------------------------------------------------------------------------------------------------
-
-    def _bind(self) -> None:
-        inventory = self.partition.inventory
-        self._tensors: dict[str, Tensor] = {entry.name: entry.tensor for entry in inventory if not entry.buffer}
-        # objective -> tensor -> list of (weight, mask or None)
-        self._shares: dict[str, dict[str, list[tuple[float, Tensor | None]]]] = {o.name: {} for o in self.objectives}
-        trained_entries: dict[str, list[Tensor | None]] = {}
-        statistics: dict[nn.Module, list[tuple[Entry, Signal]]] = {}
-        self._protected: list[Entry] = []
-        for group, selection in self.partition.groups.items():
-            signal = self.signals[group]
-            for name, mask in selection.parts.items():
-                entry = inventory.entries[name]
-                if entry.buffer:
-                    norms = [module for module in entry.owners if is_norm(module)]
-                    for module in norms:
-                        statistics.setdefault(module, []).append((entry, signal))
-                    if not norms and not signal:
-                        self._protected.append(entry)
-                    continue
-                mask = None if mask is None else mask.to(entry.tensor.device)
-                if signal:
-                    trained_entries.setdefault(name, []).append(mask)
-                for objective, weight in signal.items():
-                    self._shares[objective].setdefault(name, []).append((weight, mask))
-        # Tensors of which some entries are frozen: entry -> trained?
-        self._trained = list(trained_entries)
-        self._divided: dict[str, Tensor] = {}
-        for name, masks in trained_entries.items():
-            if all(mask is not None for mask in masks):
-                trained = torch.stack([mask for mask in masks if mask is not None]).any(0)
-                if not bool(trained.all()):
-                    self._divided[name] = trained
-        self._settings = {name: self._settings_of(name, statistics) for name in ("craft", "clean", "adversarial")}
-        self._crafting_updates = any(update for _, update in self._settings["craft"].values())
-        # Layers that a pass normalizes by running statistics, which a later pass updates before the backward of this one.
-        self._moving = {
-            name: {
-                module
-                for later in self.passes[place + 1 :]
-                for module, (_, update) in self._settings[later].items()
-                if update and self._settings[name][module][0] == "running"
+    def binding(self, turn: Turn = WHOLE) -> Binding:
+        """Return what a step of this turn computes; made once for each set of groups."""
+        key = Turn(turn.learning, turn.due)
+        if key not in self._bindings:
+            signals = {
+                group: signal if turn.learning is None or group in turn.learning else {}
+                for group, signal in self.signals.items()
             }
-            for place, name in enumerate(self.passes)
-        }
-        # A layer whose statistics are divided between a trained and a frozen group would move what is frozen.
-        for module, entries in statistics.items():
-            if len({tuple(sorted(signal.items())) for _, signal in entries}) > 1:
-                names = ", ".join(entry.name for entry, _ in entries)
-                raise UserError(f"the statistics of {type(module).__name__} must share one signal: {names}")
+            self._bindings[key] = Binding(self.partition, signals, turn.due, self.policy, self._climbed)
+        return self._bindings[key]
 
-    def _settings_of(
-        self, name: str, statistics: Mapping[nn.Module, list[tuple[Entry, Signal]]]
-    ) -> dict[nn.Module, Setting]:
-        switch = self.policy[name]
-        # Crafting serves the adversarial objective: with `update: true` its passes count as that objective's.
-        objective = "adversarial" if name == "craft" else _PASS_OF[name]
-        settings: dict[nn.Module, Setting] = {}
-        for module, entries in statistics.items():
-            signal = entries[0][1]
-            settings[module] = switch.resolve(bool(signal), objective in signal)
-        return settings
-
-    def _backwards(self) -> list[str]:
-        return [objective.name for objective in self.objectives if self._shares[objective.name]]
+    @staticmethod
+    def _ascends(binding: Binding, turn: Turn) -> bool:
+        return binding.climbing and turn.ascend
 
     # -- one step --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _scope(self) -> Iterator[None]:
+    def _scope(self, binding: Binding) -> Iterator[None]:
         """Put `requires_grad` and frozen buffers of foreign modules back after a step, also after an exception."""
         flags = [(tensor, tensor.requires_grad) for tensor in self._tensors.values()]
         # Looked up anew, since moving a model to another device puts new tensors in the place of its buffers.
-        buffers = [(entry, entry.module._buffers[entry.attribute]) for entry in self._protected]
+        buffers = [(entry, entry.module._buffers[entry.attribute]) for entry in binding.protected]
         values = [None if buffer is None else buffer.detach().clone() for _, buffer in buffers]
         try:
             with torch.enable_grad():
@@ -247,43 +227,91 @@ class PartialStep:
                     if buffer is not None and value is not None:
                         buffer.copy_(value)
 
-    def _gradients(self, x: Tensor, y: Tensor, generator: torch.Generator | None) -> Gradients:
+    def _gradients(
+        self, x: Tensor, y: Tensor, generator: torch.Generator | None, turn: Turn, binding: Binding
+    ) -> Gradients:
         log = StepLog(size=len(x))
         inputs = {"clean": x}
-        if "adversarial" in self.passes:
-            inputs["adversarial"] = self._craft(x, y, generator, log)
-        logits = {name: self._forward(name, inputs[name], y, log) for name in self.passes}
+        if "adversarial" in binding.passes:
+            inputs["adversarial"] = self._craft(x, y, generator, turn.eps, binding, log)
+        if not self._ascends(binding, turn):
+            return Gradients(self._differentiate(inputs, y, binding, binding.shares, log), log)
+        assert self.ascent is not None and self._climbed is not None
+        limit = self.ascent.resolved().limit
+        limit = None if limit is None else float(limit)
+        weights = {name: self._tensors[name] for name in self._climbed}
+        at_rest = [True]  # the first gradient is taken at the weights as they are, where statistics are updated as ever
+
+        def slopes() -> dict[str, Tensor]:
+            ascending, at_rest[0] = not at_rest[0], False
+            return self._differentiate(inputs, y, binding, binding.climbs, log, ascending=ascending, limit=limit)
+
+        with perturbed(weights, climb(self.ascent, weights, self._climbed, slopes)):
+            return Gradients(self._differentiate(inputs, y, binding, binding.shares, log, ascending=True), log)
+
+    def _differentiate(
+        self,
+        inputs: Mapping[str, Tensor],
+        y: Tensor,
+        binding: Binding,
+        shares: Shares,
+        log: StepLog,
+        *,
+        ascending: bool = False,
+        limit: float | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the weighted and masked gradients of `shares` after one forward for each pass.
+
+        `ascending`: at perturbed weights, under the policy `ascent`. `limit`: only samples below it count.
+        """
+        logits = {
+            name: self._forward(name, inputs[name], y, binding, shares, log, ascending) for name in binding.passes
+        }
         gradients: dict[str, Tensor] = {}
-        for place, objective in enumerate(self.objectives):
-            shares = self._shares[objective.name]
-            loss = objective.loss(logits, y)
-            log.losses[objective.name] = loss.detach()
-            if not shares or not loss.requires_grad:  # only buffers learn from it, or what is not used in the forward
+        for place, objective in enumerate(binding.objectives):
+            wanted = shares[objective.name]
+            if limit is None:
+                loss = objective.loss(logits, y)
+            else:
+                stays = stationary(logits[objective.passes[-1]].detach(), y, limit)
+                loss = (objective.losses(logits, y) * stays).mean()
+            if not ascending:  # what the log tells is about the weights as they are
+                log.losses.setdefault(
+                    objective.name, loss.detach() if limit is None else objective.loss(logits, y).detach()
+                )
+            if not wanted or not loss.requires_grad:  # only buffers learn from it, or what is not used in the forward
                 continue
-            later = [other for other in self.objectives[place + 1 :] if set(other.passes) & set(objective.passes)]
-            for name in shares:  # another pass may have switched it off since the forward
+            later = [other for other in binding.objectives[place + 1 :] if set(other.passes) & set(objective.passes)]
+            for name in wanted:  # another pass may have switched it off since the forward
                 self._tensors[name].requires_grad_(True)
             found = torch.autograd.grad(
-                loss, [self._tensors[name] for name in shares], retain_graph=bool(later), allow_unused=True
+                loss, [self._tensors[name] for name in wanted], retain_graph=bool(later), allow_unused=True
             )
             log.backward_passes += 1
-            for name, gradient in zip(shares, found, strict=True):
+            for name, gradient in zip(wanted, found, strict=True):
                 if gradient is None:
                     continue
-                self.reached.add(name)
-                for weight, mask in shares[name]:
+                if shares is binding.shares:
+                    self.reached.add(name)
+                for weight, mask in wanted[name]:
                     part = gradient if weight == 1.0 else gradient * weight
                     if mask is not None:
                         part = part * mask
                     gradients[name] = gradients[name] + part if name in gradients else part
-        return Gradients({name: gradient.detach() for name, gradient in gradients.items()}, log)
+        return {name: gradient.detach() for name, gradient in gradients.items()}
 
-    def _craft(self, x: Tensor, y: Tensor, generator: torch.Generator | None, log: StepLog) -> Tensor:
+    def _craft(
+        self, x: Tensor, y: Tensor, generator: torch.Generator | None, eps: float, binding: Binding, log: StepLog
+    ) -> Tensor:
         attack = self.attack
         assert attack is not None  # checked by the constructor
+        if eps == 0:
+            return x
+        if eps != 1:
+            attack = scaled(attack, eps)
         if generator is None:
             generator = stream(self.seed, "attack", self.steps, device=x.device)
-        settings = self._settings["craft"]
+        settings = binding.settings["craft"]
         forward: Callable[[Tensor], Tensor] = self.model
         if is_own(attack) and all(setting == ("running", False) for setting in settings.values()):
             # The same function of x with norm layers folded away, at a fraction of the cost.
@@ -292,7 +320,7 @@ class PartialStep:
             self._folded.refresh()
             forward = self._folded
         with (
-            guard(self.model, keep_statistics=self._crafting_updates),
+            guard(self.model, keep_statistics=binding.crafting_updates),
             normalizing(self.model, settings, training=False),
         ):
             x_adv = attack(forward, x, y, generator=generator)
@@ -300,19 +328,22 @@ class PartialStep:
         log.backward_passes += getattr(attack, "backward_passes", 0)
         return x_adv.detach()
 
-    def _forward(self, name: str, x: Tensor, y: Tensor, log: StepLog) -> Tensor:
+    def _forward(
+        self, name: str, x: Tensor, y: Tensor, binding: Binding, shares: Shares, log: StepLog, ascending: bool
+    ) -> Tensor:
         needed = {
-            tensor
-            for objective in self.objectives
-            if name in objective.passes
-            for tensor in self._shares[objective.name]
+            tensor for objective in binding.objectives if name in objective.passes for tensor in shares[objective.name]
         }
         for key, tensor in self._tensors.items():
             tensor.requires_grad_(key in needed)
-        with normalizing(self.model, self._settings[name], training=True, moving=self._moving[name]):
+        settings, moving = (
+            (binding.ascent_settings, binding.ascent_moving) if ascending else (binding.settings, binding.moving)
+        )
+        with normalizing(self.model, settings[name], training=True, moving=moving[name]):
             logits = self.model(x)
         log.forward_passes += 1
-        log.correct[name] = (logits.detach().argmax(1) == y).sum()
+        if not ascending:
+            log.correct.setdefault(name, (logits.detach().argmax(1) == y).sum())
         return logits
 
 
@@ -322,3 +353,13 @@ def _signals(partition: Partition, signals: Mapping[str, str | Mapping[str, floa
     if faults:
         raise UserError(faults)
     return {group: parse_signal(signals[group]) for group in partition.groups}
+
+
+def scaled(attack: Any, factor: float) -> Any:
+    """Return one of our attacks with its eps and its step size multiplied by a factor above 0."""
+    if not is_own(attack):
+        raise UserError(f"{type(attack).__name__} is no attack of ours: its eps cannot follow a schedule")
+    changes: dict[str, Any] = {"threat": replace(attack.threat, eps=attack.threat.eps * factor)}
+    if getattr(attack, "step_size", None) is not None:
+        changes["step_size"] = attack.step_size * factor
+    return replace(attack, **changes)

@@ -1,35 +1,45 @@
-"""One phase of training: epochs of partial steps over data on the device, stoppable and resumable at every epoch.
+"""One phase of training: epochs of partial steps over data on the device, stoppable and resumable at every step.
 
 for phase in recipe.phases:
     partition = bind(phase.groups, model)            # total, disjoint, non-empty, or an error that lists the tensors
     for x, y in batches:                              # order = f(seed, epoch) only
         with guard(model):                            # restores modes, requires_grad, buffers, .grad, hooks, RNG
             x_adv = attack(forward under policy.craft, x, y)
-        for objective in distinct(signals):           # a forward is shared by all that need the same pass
-            grads |= gradient(objective, of only the groups that it trains)
+        with perturbed(weights by ascent):            # if any
+            for objective in distinct(signals):       # a forward is shared by all that need the same pass
+                grads |= gradient(objective, of only the groups that it trains)
         optimizer.step()                              # one optimizer, fixed groups; frozen: no grad at all
     verify(what was promised frozen is bit-equal, what was promised trained moved)      # the ledger
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustlayers.core.errors import Fault, UserError
 from robustlayers.core.random import stream, stream_seed
-from robustlayers.data import Augment, Images, batch_count, batches
+from robustlayers.data import Augment, Images, batch_sizes, batches
 from robustlayers.normalization.policy import NormPolicy
+from robustlayers.selection.inventory import is_norm
 from robustlayers.selection.partition import Partition
+from robustlayers.training.ascent import Ascent
+from robustlayers.training.averaging import Average, AverageSettings
 from robustlayers.training.ledger import GroupChange, compare, snapshot
-from robustlayers.training.optimizers import OptimizerSettings, build_optimizer, load_optimizer, optimizer_tensors
+from robustlayers.training.optimizers import OptimizerSettings
+from robustlayers.training.program import Perturbation, Program, Window
+from robustlayers.training.rates import apply_rates, average_norms, relative_gradient_norms
 from robustlayers.training.schedules import Schedule
-from robustlayers.training.step import Attack, PartialStep, StepLog
+from robustlayers.training.step import Attack, PartialStep, StepLog, Turn
+from robustlayers.training.update import Update
 
 __all__ = ["Diverged", "EpochLog", "PhaseTrainer"]
 
@@ -55,7 +65,7 @@ class EpochLog:
 class PhaseTrainer:
     """A phase bound to a model and its data.
 
-    Everything random is a function of (seed, epoch over all phases, step), so a trainer that loads the state of epoch k
+    Everything random is a function of (seed, epoch over all phases, step), so a trainer that loads the state of any step
     goes on exactly as one that was never stopped.
 
     Args:
@@ -63,8 +73,16 @@ class PhaseTrainer:
         groups: `{group: selector}`.
         signals: `{group: signal}`.
         images: the training images.
-        epochs: of this phase.
+        epochs: of this phase; or
+        steps: its length in steps, the last epoch being cut short.
         first_epoch: epochs of earlier phases.
+        windows: group -> the part of the phase in which it learns, as fractions: progressive freezing and unfreezing.
+        perturbation: schedule of the attack's eps.
+        ascent: see `PartialStep`.
+        average: of the weights, beside the training: `result()` is then the averaged model.
+
+    Raises:
+        UserError: see `Partition`, `PartialStep`, `build_optimizer`, `check_windows`.
     """
 
     def __init__(
@@ -74,62 +92,205 @@ class PhaseTrainer:
         signals: Mapping[str, str | Mapping[str, float | str]],
         images: Images,
         *,
-        epochs: int,
+        epochs: int | None = None,
+        steps: int | None = None,
         attack: Attack | None = None,
         batch_size: int = 128,
         optimizer: OptimizerSettings | None = None,
         schedule: Schedule | None = None,
         policy: NormPolicy | None = None,
         augment: Augment | None = None,
+        windows: Mapping[str, Window] | None = None,
+        perturbation: Perturbation | None = None,
+        ascent: Ascent | str | Mapping[str, Any] | None = None,
+        average: AverageSettings | None = None,
         seed: int = 0,
         first_epoch: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.model, self.images, self.batch_size, self.device = model, images, batch_size, torch.device(device)
-        self.epochs, self.first_epoch, self.seed = epochs, first_epoch, seed
-        self.schedule = schedule or Schedule()
+        self.first_epoch, self.seed = first_epoch, seed
         self.augment = augment or Augment()
+        self.sizes = batch_sizes(len(images), batch_size)
+        if (epochs is None) == (steps is None):
+            raise UserError("a phase lasts so many epochs or so many steps: give one of them")
+        self.steps = steps if steps is not None else (epochs or 0) * self.batches
+        self.epochs = math.ceil(self.steps / self.batches)
         self.partition = Partition(model, groups)
-        self.step = PartialStep(self.model, self.partition, signals, attack=attack, optimizer=None, policy=policy)
-        self.optimizer = build_optimizer(self.partition, self.step.signals, optimizer or OptimizerSettings())
-        # With only statistics to learn there is nothing for an optimizer to do, but the passes still move them.
-        self.step.optimizer = self.optimizer or _Nothing()
+        self.step = PartialStep(
+            model, self.partition, signals, attack=attack, optimizer=None, policy=policy, ascent=ascent
+        )
+        settings = optimizer or OptimizerSettings()
+        self.update = Update(self.partition, self.step.signals, settings, schedule or Schedule(), self.steps)
+        self.step.optimizer = self.update  # pyright: ignore[reportAttributeAccessIssue]
+        self.program = Program(
+            self.step,
+            self.sizes,
+            self.steps,
+            windows=windows,
+            perturbation=perturbation,
+            due=self.update.due if self.update.slow else None,
+        )
+        self.average = None if average is None else Average(self.partition.inventory, average)
         self.start = snapshot(model)
-        self.done = 0
-        self.batches = batch_count(len(images), batch_size)
+        self.done = 0  # whole epochs
+        self.within = 0  # steps of the epoch that is under way
+        self._tally = _Tally()
+        self._seconds = 0.0
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Torch's optimizer; None where only buffers learn."""
+        return self.update.optimizer
+
+    @property
+    def batches(self) -> int:
+        """Steps of a whole epoch."""
+        return len(self.sizes)
+
+    @property
+    def place(self) -> int:
+        """Steps done in this phase."""
+        return self.done * self.batches + self.within
+
+    def passes(self) -> tuple[int, int]:
+        """Return (forward, backward) passes of single images that the whole phase will have made."""
+        forward, backward = self.program.passes()
+        extra_forward, extra_backward = self._extra_passes()
+        return forward + extra_forward, backward + extra_backward
 
     def train_epoch(self, progress: Progress | None = None) -> EpochLog:
-        """Train one epoch and return its log; a loss that is not finite raises `Diverged` within a step."""
+        """Train to the end of the epoch and return its log; a loss that is not finite raises `Diverged` within a step."""
+        log = self.run(progress=progress)
+        assert log is not None  # nothing stops it before
+        return log
+
+    def run(self, steps: int | None = None, progress: Progress | None = None) -> EpochLog | None:
+        """Train to the end of the epoch, or for at most so many steps; return the epoch's log if it has ended."""
         if self.done >= self.epochs:
             raise UserError(f"the phase has {self.epochs} epoch(s), all done")
         epoch = self.first_epoch + self.done
+        last = min(self.batches, self.steps - self.done * self.batches)
+        stop = last if steps is None else min(last, self.within + steps)
         began = time.perf_counter()
-        total, images, forward, backward = 0.0, 0, 0, 0
+        if not self.within:
+            self._measure_rates(epoch)
         previous: tuple[int, StepLog] | None = None
-        loader = batches(
-            self.images, self.batch_size, seed=self.seed, epoch=epoch, augment=self.augment, device=self.device
-        )
-        for index, (x, y) in enumerate(loader):
-            if self.optimizer is not None:
-                self.schedule.apply(self.optimizer, self.done * self.batches + index, self.epochs * self.batches)
+        for x, y in self._batches(epoch, self.within, stop):
+            index, place = self.within, self.place
+            turn = self.program.turn(place)
+            self.update.begin(place)
             with self._own_draws(epoch, index):
-                log = self.step(x, y, generator=stream(self.seed, "attack", epoch, index, device=self.device))
-            images += log.size
-            forward += log.forward_passes * log.size
-            backward += log.backward_passes * log.size
+                generator = stream(self.seed, "attack", epoch, index, device=self.device)
+                log = self.step(x, y, generator=generator, turn=turn)
+            self._tally.add(log, self.program.learned(place))
+            self.within += 1
+            if self.average is not None:
+                self.average.update((place + 1) / self.steps, epoch_ended=self.within == last)
             # The loss is read one step late, so that an accelerator is never waited for while it has nothing queued.
             if previous is not None:
-                total += self._finite(epoch, *previous)
+                self._tally.loss += self._finite(epoch, *previous)
             previous = (index, log)
             if progress is not None:
-                progress(index + 1, self.batches)
+                progress(self.within, last)
         if previous is not None:
-            total += self._finite(epoch, *previous)
+            self._tally.loss += self._finite(epoch, *previous)
+        self._seconds += time.perf_counter() - began
+        return self._end_of_epoch(epoch) if self.within == last else None
+
+    def _end_of_epoch(self, epoch: int) -> EpochLog:
+        began = time.perf_counter()
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise Diverged(f"{name} is not finite after epoch {epoch + 1}")
-        self.done += 1
-        return EpochLog(epoch + 1, total / max(1, images), time.perf_counter() - began, forward, backward)
+        if self.average is not None and self.average.stale:
+            self._recalibrate(epoch, self.average)
+        tally = self._tally
+        seconds = self._seconds + time.perf_counter() - began
+        log = EpochLog(epoch + 1, tally.loss / max(1, tally.images), seconds, tally.forward, tally.backward)
+        self._tally = _Tally(learned=tally.learned)
+        self._seconds = 0.0
+        self.done, self.within = self.done + 1, 0
+        return log
+
+    def _batches(self, epoch: int, start: int, stop: int, *, augment: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = batches(
+            self.images,
+            self.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            augment=self.augment if augment else None,
+            device=self.device,
+            start=start,
+        )
+        return itertools.islice(loader, stop - start)
+
+    def _measure_rates(self, epoch: int) -> None:
+        """Measure the layers' rates on the first batches of an epoch; nothing but the rates changes."""
+        optimizer, settings = self.update.optimizer, self.update.settings
+        if optimizer is None or settings.rates == "fixed":
+            return
+        turn = Turn(self.program.turn(self.place).learning, None, self.program.turn(self.place).eps)
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
+        measured = []
+        for index, (x, y) in enumerate(self._batches(epoch, 0, min(settings.rates_batches, self.batches))):
+            with self._own_draws(epoch, index):
+                generator = stream(self.seed, "rates", epoch, index, device=self.device)
+                found = self.step.gradients(x, y, generator=generator, turn=turn)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            self._finite(epoch, index, found.log)
+            self._tally.add(found.log, {}, images=False)
+            measured.append(relative_gradient_norms(optimizer, found.by_name))
+        apply_rates(optimizer, average_norms(measured))
+
+    def _recalibrate(self, epoch: int, average: Average) -> None:
+        """Estimate the averaged model's statistics on all training images, as they are without augmentation."""
+        attack = self.step.attack if average.settings.on == "adversarial" else None
+
+        def generator_of(index: int) -> torch.Generator:
+            return stream(self.seed, "recalibration", epoch, index, device=self.device)
+
+        average.recalibrate(
+            self._batches(epoch, 0, self.batches, augment=False),
+            attack=attack,
+            generator_of=None if attack is None else generator_of,
+        )
+        self._tally.forward += sum(self.sizes) * (1 + getattr(attack, "forward_passes", 0))
+        self._tally.backward += sum(self.sizes) * getattr(attack, "backward_passes", 0)
+
+    def _extra_passes(self) -> tuple[int, int]:
+        """Return the passes beside the steps: measuring layer rates, and statistics of the average."""
+        forward = backward = 0
+        settings = self.update.settings
+        if settings.rates != "fixed" and self.update.optimizer is not None:
+            for epoch in range(self.epochs):
+                turn = self.program.turn(epoch * self.batches)
+                one, two = self.step.passes_per_batch(Turn(turn.learning, None, turn.eps))
+                images = sum(self.sizes[: settings.rates_batches])
+                forward, backward = forward + one * images, backward + two * images
+        if self.average is not None and self.average.settings.statistics == "recalibrate" and self._has_statistics():
+            own = self.average.settings
+            attack = self.step.attack if own.on == "adversarial" else None
+            for epoch in range(self.epochs):
+                ends = min((epoch + 1) * self.batches, self.steps)
+                if ends / self.steps >= float(own.start or 0):
+                    forward += sum(self.sizes) * (1 + getattr(attack, "forward_passes", 0))
+                    backward += sum(self.sizes) * getattr(attack, "backward_passes", 0)
+        return forward, backward
+
+    def _has_statistics(self) -> bool:
+        return any(entry.buffer and any(map(is_norm, entry.owners)) for entry in self.partition.inventory)
+
+    @contextmanager
+    def result(self) -> Iterator[nn.Module]:
+        """Give the model as this phase hands it on: with averaged weights inside the block, if it averages any."""
+        if self.average is None:
+            yield self.model
+        else:
+            with self.average.applied():
+                yield self.model
 
     @contextmanager
     def _own_draws(self, epoch: int, index: int) -> Iterator[None]:
@@ -151,23 +312,44 @@ class PhaseTrainer:
         return float(log.loss) * log.size
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that a resume needs beside the epoch: `model/...`, `optimizer/...` and `reached/...` tensors."""
+        """Return all that a resume needs, after any step, as named tensors."""
         state = {f"model/{name}": tensor for name, tensor in snapshot(self.model).items()}
-        state |= {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
+        state |= {f"update/{name}": tensor for name, tensor in self.update.state().items()}
+        if self.average is not None:
+            state |= {f"average/{name}": tensor for name, tensor in self.average.state().items()}
+        state |= {f"learned/{group}": torch.tensor(count) for group, count in self._tally.learned.items()}
+        state["place"] = torch.tensor([self.done, self.within])
+        tally = self._tally
+        state["tally"] = torch.tensor([tally.loss, tally.images, tally.forward, tally.backward], dtype=torch.float64)
         return state | {f"reached/{name}": torch.ones((), dtype=torch.bool) for name in sorted(self.step.reached)}
 
-    def load_state(self, tensors: Mapping[str, Tensor], epochs_done: int) -> None:
-        """Go on after `epochs_done` epochs of this phase from a state that `state` returned."""
-        model = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
-        optimizer = {name.removeprefix("optimizer/"): t for name, t in tensors.items() if name.startswith("optimizer/")}
-        self.model.load_state_dict(model)
-        load_optimizer(self.optimizer, optimizer)
-        self.step.reached = {name.removeprefix("reached/") for name in tensors if name.startswith("reached/")}
-        self.done = epochs_done
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a state that `state` returned."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        self.model.load_state_dict(under("model/"))
+        self.update.load_state(under("update/"))
+        if self.average is not None:
+            self.average.load_state(under("average/"))
+        self.step.reached = set(under("reached/"))
+        self.done, self.within = (int(value) for value in tensors["place"])
+        loss, images, forward, backward = tensors["tally"].tolist()
+        learned = {group: int(count) for group, count in under("learned/").items()}
+        self._tally = _Tally(loss, int(images), int(forward), int(backward), learned)
 
     def ledger(self) -> list[GroupChange]:
         """Return what moved since the phase began."""
-        return compare(self.partition, self.step.signals, self.start, snapshot(self.model), self.step.reached)
+        return compare(
+            self.partition,
+            self.step.signals,
+            self.start,
+            snapshot(self.model),
+            self.step.reached,
+            effective_rates=self.update.effective_rates(),
+            learned=self._tally.learned,
+        )
 
     def verify(self) -> list[GroupChange]:
         """Return the ledger; a broken promise raises `UserError` with the tensors' names."""
@@ -185,8 +367,19 @@ class PhaseTrainer:
         return ledger
 
 
-class _Nothing(torch.optim.SGD):
-    """An optimizer without parameters."""
+@dataclass
+class _Tally:
+    """What was seen and spent so far: of the epoch under way, and `learned` of the whole phase."""
 
-    def __init__(self) -> None:
-        super().__init__([torch.zeros(())], lr=0.0)
+    loss: float = 0.0
+    images: int = 0
+    forward: int = 0
+    backward: int = 0
+    learned: dict[str, int] = field(default_factory=dict)  # group -> backward passes that its gradient was taken from
+
+    def add(self, log: StepLog, learned: Mapping[str, int], *, images: bool = True) -> None:
+        self.images += log.size if images else 0
+        self.forward += log.forward_passes * log.size
+        self.backward += log.backward_passes * log.size
+        for group, count in learned.items():
+            self.learned[group] = self.learned.get(group, 0) + count * log.size

@@ -1,0 +1,154 @@
+"""What a step computes for given groups: passes, objectives, the tensors each trains, and what norm layers do meanwhile.
+
+A step of a phase in which every group learns all the time has one binding. Groups that learn in a part of the phase only,
+or whose gradient is taken every few steps, give one binding for each set of groups that learn together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from robustlayers.core.errors import UserError
+from robustlayers.normalization.context import Setting
+from robustlayers.normalization.policy import NormPolicy
+from robustlayers.selection.inventory import Entry, is_norm
+from robustlayers.selection.partition import Partition
+from robustlayers.training.objectives import OBJECTIVES, Signal
+
+__all__ = ["Binding", "Shares"]
+
+Shares = dict[str, dict[str, list[tuple[float, Tensor | None]]]]
+"""objective -> tensor -> (weight, mask or None) of each group that learns from it"""
+
+_OBJECTIVE_OF = {"clean": "natural", "adversarial": "adversarial"}
+
+
+class Binding:
+    """One set of learning groups, bound to a model and a norm policy.
+
+    Args:
+        partition: of the model.
+        signals: of every group; `{}` is frozen.
+        due: the groups whose gradients this step takes; the others learn, but wait. None: all that learn.
+        policy: what norm layers do in each pass.
+        climbed: tensors of the ascent with the entries that move, or None where the step has no ascent.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        signals: Mapping[str, Signal],
+        due: Collection[str] | None,
+        policy: NormPolicy,
+        climbed: Mapping[str, Tensor | None] | None = None,
+    ) -> None:
+        self.partition, self.policy = partition, policy
+        now = {group: signal for group, signal in signals.items() if signal and (due is None or group in due)}
+        self.objectives = [OBJECTIVES[name] for name in OBJECTIVES if any(name in s for s in now.values())]
+        self.passes = tuple(name for name in ("clean", "adversarial") if any(name in o.passes for o in self.objectives))
+        self.shares: Shares = {o.name: {} for o in self.objectives}
+        self.protected: list[Entry] = []  # frozen buffers of modules that are no norm layers
+        entries = self._entries(signals, now)
+        self.trained = [name for name, masks in entries.items() if masks]
+        self.divided = _divided({name: masks for name, masks in entries.items() if masks})
+        statistics = self._statistics(signals)
+        self.settings = {name: self._settings(name, statistics) for name in ("craft", *self.passes)}
+        self.crafting_updates = any(update for _, update in self.settings["craft"].values())
+        self.moving = self._moving(self.settings)
+        self.climbing = climbed is not None and bool(self.passes)
+        if self.climbing and climbed is not None:
+            self.climbs = self._climbs(climbed)
+            ascent = {name: self._settings("ascent", statistics, name) for name in self.passes}
+            self.ascent_settings, self.ascent_moving = ascent, self._moving(ascent)
+
+    @property
+    def backwards(self) -> int:
+        """Backward passes of the step itself: one for each objective that trains a parameter."""
+        return sum(bool(self.shares[objective.name]) for objective in self.objectives)
+
+    def _entries(self, signals: Mapping[str, Signal], now: Mapping[str, Signal]) -> dict[str, list[Tensor | None]]:
+        """Fill `shares` and `protected`; return the masks of the groups that learn, by tensor, for what is due."""
+        inventory = self.partition.inventory
+        learning: dict[str, list[Tensor | None]] = {}
+        due: set[str] = set()
+        for group, selection in self.partition.groups.items():
+            for name, mask in selection.parts.items():
+                entry = inventory.entries[name]
+                if entry.buffer:
+                    if not signals[group] and not any(map(is_norm, entry.owners)):
+                        self.protected.append(entry)
+                    continue
+                mask = None if mask is None else mask.to(entry.tensor.device)
+                if signals[group]:
+                    learning.setdefault(name, []).append(mask)
+                if group in now:
+                    due.add(name)
+                for objective, weight in now.get(group, {}).items():
+                    self.shares[objective].setdefault(name, []).append((weight, mask))
+        return {name: masks if name in due else [] for name, masks in learning.items()}
+
+    def _statistics(self, signals: Mapping[str, Signal]) -> dict[nn.Module, Signal]:
+        """Return the signal of each norm layer's statistics, which must be one."""
+        found: dict[nn.Module, list[tuple[Entry, Signal]]] = {}
+        for group, selection in self.partition.groups.items():
+            for name in selection.parts:
+                entry = self.partition.inventory.entries[name]
+                for module in entry.owners if entry.buffer else ():
+                    if is_norm(module):
+                        found.setdefault(module, []).append((entry, signals[group]))
+        for module, entries in found.items():
+            if len({tuple(sorted(signal.items())) for _, signal in entries}) > 1:
+                names = ", ".join(entry.name for entry, _ in entries)
+                raise UserError(f"the statistics of {type(module).__name__} must share one signal: {names}")
+        return {module: entries[0][1] for module, entries in found.items()}
+
+    def _settings(
+        self, name: str, statistics: Mapping[nn.Module, Signal], of: str | None = None
+    ) -> dict[nn.Module, Setting]:
+        """Return what each norm layer does in a pass; the ascent's policy holds for each of the step's passes."""
+        switch = self.policy[name]
+        # Crafting serves the adversarial objective: with `update: true` its passes count as that objective's.
+        objective = "adversarial" if name == "craft" else _OBJECTIVE_OF[of or name]
+        return {module: switch.resolve(bool(signal), objective in signal) for module, signal in statistics.items()}
+
+    def _moving(self, settings: Mapping[str, Mapping[nn.Module, Setting]]) -> dict[str, set[nn.Module]]:
+        """Return the layers that a pass normalizes by running statistics, which a later one updates before its backward."""
+        return {
+            name: {
+                module
+                for later in self.passes[place + 1 :]
+                for module, (_, update) in settings[later].items()
+                if update and settings[name][module][0] == "running"
+            }
+            for place, name in enumerate(self.passes)
+        }
+
+    def _climbs(self, climbed: Mapping[str, Tensor | None]) -> Shares:
+        """Return what the ascent differentiates: every tensor the loss it descends, a frozen one the sum of all."""
+        shares: Shares = {objective.name: {} for objective in self.objectives}
+        for name, mask in climbed.items():
+            own = {o: parts[name] for o, parts in self.shares.items() if name in parts}
+            for objective, parts in shares.items():
+                if not own:
+                    parts[name] = [(1.0, mask)]
+                elif objective in own:
+                    parts[name] = [(weight, _both(part, mask)) for weight, part in own[objective]]
+        return shares
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one & other.to(one.device)
+
+
+def _divided(entries: Mapping[str, list[Tensor | None]]) -> dict[str, Tensor]:
+    """Return the entries that learn of each tensor of which some do not."""
+    found = {}
+    for name, masks in entries.items():
+        if all(mask is not None for mask in masks):
+            trained = torch.stack([mask for mask in masks if mask is not None]).any(0)
+            if not bool(trained.all()):
+                found[name] = trained
+    return found
