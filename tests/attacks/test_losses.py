@@ -54,6 +54,19 @@ def test_kl_against_torch_distributions():
     assert LOSSES["kl"](clean, y, clean).abs().max() < 1e-12
 
 
+def test_targeted_losses_against_a_loop():
+    logits, y = batch()
+    target = (y + 1 + torch.arange(7) % 4) % 5
+    found = {name: LOSSES[name](logits, y, target=target).tolist() for name in ("ce", "margin", "dlr")}
+    for i, (z, k, t) in enumerate(zip(logits.tolist(), y.tolist(), target.tolist(), strict=True)):
+        top = sorted(z, reverse=True)
+        assert found["ce"][i] == pytest.approx(z[t] - torch.tensor(z).logsumexp(0).item(), abs=1e-5)
+        assert found["margin"][i] == pytest.approx(z[t] - max(value for j, value in enumerate(z) if j != t))
+        assert found["dlr"][i] == pytest.approx((z[t] - z[k]) / (top[0] - (top[2] + top[3]) / 2))
+    scaled = LOSSES["dlr"](logits * 30 - 7, y, target=target)
+    torch.testing.assert_close(scaled, torch.tensor(found["dlr"], dtype=torch.float64))
+
+
 def test_half_precision_logits_are_widened():
     logits, y = batch()
     for loss in LOSSES.values():
@@ -71,6 +84,14 @@ def test_a_nan_among_the_logits_is_never_right():
     [
         (lambda: find_loss("margn"), "nearest: margin"),
         (lambda: LOSSES["dlr"](torch.zeros(2, 2), torch.zeros(2, dtype=torch.long)), "3 or more classes"),
+        (
+            lambda: LOSSES["dlr"](torch.zeros(2, 3), torch.tensor([0, 0]), target=torch.tensor([1, 1])),
+            "dlr with a target: needs 4 or more",
+        ),
+        (
+            lambda: LOSSES["kl"](torch.zeros(2, 3), torch.tensor([0, 0]), target=torch.tensor([1, 1])),
+            "no target class; allowed with a target: ce, margin, dlr",
+        ),
         (lambda: LOSSES["ce"](torch.zeros(2), torch.zeros(2, dtype=torch.long)), r"logits \[2, classes\]"),
         (lambda: LOSSES["ce"](torch.zeros(3, 4), torch.zeros(2, dtype=torch.long)), r"returned \[3, 4\]"),
         (lambda: LOSSES["ce"]((torch.zeros(2, 4),), torch.zeros(2, dtype=torch.long)), "returned tuple"),

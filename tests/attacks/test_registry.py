@@ -4,7 +4,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustlayers.attacks import APGD, FGSM, L2, PGD, Linf, Noise, Threat, label, parse
+from robustlayers.attacks import (
+    APGD,
+    ATTACKS,
+    FAB,
+    FGSM,
+    L2,
+    MIM,
+    NFGSM,
+    PGD,
+    RFGSM,
+    Gaussian,
+    Linf,
+    Noise,
+    Square,
+    TargetedAPGD,
+    Threat,
+    Transfer,
+    WorstOf,
+    is_own,
+    label,
+    parse,
+)
 from robustlayers.core.errors import UserError
 
 THREAT = Linf("8/255")
@@ -25,6 +46,26 @@ THREAT = Linf("8/255")
         ("apgd-dlr-50x2", APGD(THREAT, steps=50, loss="dlr", restarts=2)),
         ("noise", Noise(THREAT)),
         ("noise-10", Noise(THREAT, draws=10)),
+        ("r-fgsm", RFGSM(THREAT)),
+        ("n-fgsm", NFGSM(THREAT)),
+        ("n-fgsm-margin", NFGSM(THREAT, loss="margin")),
+        ("mim-10", MIM(THREAT)),
+        ("mim-dlr-20", MIM(THREAT, steps=20, loss="dlr")),
+        ("square", Square(THREAT)),
+        ("square-1000", Square(THREAT, queries=1000)),
+        ("square-ce-1000", Square(THREAT, queries=1000, loss="ce")),
+        ("apgd-t", TargetedAPGD(THREAT)),
+        ("apgd-t-50", TargetedAPGD(THREAT, steps=50)),
+        ("apgd-t-margin-50x2", TargetedAPGD(THREAT, steps=50, loss="margin", restarts=2)),
+        ("fab-t", FAB(THREAT)),
+        ("fab-t-20", FAB(THREAT, steps=20)),
+        ("gaussian-10", Gaussian(THREAT, draws=10)),
+        ("apgd-ce + square-100", WorstOf([APGD(THREAT), Square(THREAT, queries=100)])),
+        ({"name": "pgd-20x2", "early_exit": True}, PGD(THREAT, steps=20, restarts=2, early_exit=True)),
+        ({"name": "pgd", "momentum": "3/4", "start": "gaussian"}, PGD(THREAT, momentum=0.75, start="gaussian")),
+        ({"name": "n-fgsm", "project": False, "noise": 1}, NFGSM(THREAT, noise=1.0, project=False)),
+        ({"name": "apgd-t", "targets": 3}, TargetedAPGD(THREAT, targets=3)),
+        ({"name": "gaussian", "sigma": "4/255"}, Gaussian(THREAT, sigma=4 / 255)),
         ({"name": "pgd", "steps": 10, "step_size": "2/255"}, PGD(THREAT, steps=10, step_size=2 / 255)),
         ({"name": "pgd-20", "keep": "last"}, PGD(THREAT, steps=20, keep="last")),
         ({"name": "apgd", "loss": "dlr", "random_start": False}, APGD(THREAT, loss="dlr", random_start=False)),
@@ -41,6 +82,13 @@ attacks = st.one_of(
     st.builds(APGD, st.just(L2(1)), steps=counts, restarts=counts, loss=losses),
     st.builds(FGSM, st.just(THREAT), loss=losses),
     st.builds(Noise, st.just(THREAT), draws=counts),
+    st.builds(Gaussian, st.just(THREAT), draws=counts),
+    st.builds(RFGSM, st.just(THREAT), loss=losses),
+    st.builds(NFGSM, st.just(L2(1)), loss=losses),
+    st.builds(MIM, st.just(THREAT), steps=counts, loss=losses),
+    st.builds(TargetedAPGD, st.just(THREAT), steps=counts, restarts=counts, loss=losses),
+    st.builds(FAB, st.just(THREAT), steps=counts),
+    st.builds(Square, st.just(THREAT), queries=counts, loss=st.sampled_from(["ce", "margin"])),
 )
 
 
@@ -49,7 +97,18 @@ def test_the_short_name_leads_back_to_the_attack(attack):
     assert parse(label(attack), attack.threat) == attack
 
 
-@pytest.mark.parametrize("text", ["pgd-20", "pgd-50x5", "fgsm", "apgd-ce", "apgd-ce-50", "apgd-dlr", "noise"])
+@given(st.lists(attacks.filter(lambda attack: attack.threat == THREAT), min_size=2, max_size=4))
+def test_several_have_a_short_name_too(parts):
+    assert parse(label(WorstOf(parts)), THREAT) == WorstOf(parts)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("pgd-20", "pgd-50x5", "fgsm", "apgd-ce", "apgd-ce-50", "apgd-dlr", "noise", "gaussian", "n-fgsm", "r-fgsm"),
+        *("mim-10", "square-1000", "square-5000", "apgd-t", "apgd-t-50", "fab-t", "pgd-20x5", "apgd-ce+square-1000"),
+    ],
+)
 def test_documented_names_are_their_own_short_name(text):
     assert label(parse(text, THREAT)) == text
 
@@ -58,7 +117,15 @@ def test_documented_names_are_their_own_short_name(text):
     ("what", "words"),
     [
         ("pdg-20", "nearest: .*pgd"),
-        ("square", "unknown attack 'square'"),
+        ("squre-100", "unknown attack 'squre'; nearest: square"),
+        ("m-fgsm", "nearest: .*n-fgsm"),
+        ("apgd-tt", "unknown loss of an attack 'tt'"),
+        ("n-fgsm-3", "not understood"),
+        ("square-10x2", "not understood"),
+        ("fab-t-ce", "no loss"),
+        ("apgd-t-kl", "not offered for apgd-t"),
+        ("pgd-20+", "unknown attack ''"),
+        ("pgd-20+pdg", "nearest: .*pgd"),
         ("pgd20", "unknown attack"),
         ("pgd-", "not understood"),
         ("pgd-20x", "not understood"),
@@ -85,13 +152,21 @@ def test_mistakes_are_named(what, words):
 
 def test_foreign_attacks_are_labeled_by_their_name_or_class():
     @dataclass
-    class Square:
+    class Spatial:
         threat: Threat
 
     class Named:
-        name = "square-5000"
+        name = "spatial-5000"
 
-    assert label(Square(THREAT)) == "square" and label(Named()) == "square-5000"
+    assert label(Spatial(THREAT)) == "spatial" and label(Named()) == "spatial-5000"
+    assert not is_own(Spatial(THREAT)) and not is_own(WorstOf([PGD(THREAT), Spatial(THREAT)]))
+    assert label(WorstOf([PGD(THREAT), Spatial(THREAT)])) == "pgd-10+spatial"
+
+
+def test_ours_are_known_as_ours():
+    ours = [kind(THREAT) for kind in ATTACKS.values()]
+    assert all(is_own(attack) for attack in (*ours, WorstOf(ours), Transfer(MIM(THREAT), lambda x: x)))
+    assert label(Transfer(MIM(THREAT), lambda x: x, name="resnet")) == "mim-10 from resnet"
 
 
 def test_descriptions_say_what_decides_the_strength():

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustlayers.attacks import L2, Linf, Threat
+from robustlayers.attacks import L1, L2, Linf, Threat
 from robustlayers.core.errors import UserError
 
 TOLERANCE = 1e-6
 
-threats = st.builds(Threat, st.sampled_from(["linf", "l2"]), st.sampled_from([0.0, 1e-4, 8 / 255, 0.5, 1.0, 3.0]))
+threats = st.builds(Threat, st.sampled_from(["linf", "l2", "l1"]), st.sampled_from([0.0, 1e-4, 8 / 255, 0.5, 1.0, 3.0]))
 shapes = st.sampled_from([(1, 1, 1, 1), (1, 3, 4, 4), (5, 1, 3, 2), (3, 7), (2, 2, 5, 5, 2)])
 dtypes = st.sampled_from([torch.float32, torch.float64])
 seeds = st.integers(0, 2**31)
@@ -23,11 +23,20 @@ def images(shape, seed, dtype=torch.float32):
 
 @pytest.mark.parametrize(
     ("threat", "text"),
-    [(Linf("8/255"), "Linf(8/255)"), (L2(0.5), "L2(0.5)"), (Linf(0.3), "Linf(0.3)"), (L2(1), "L2(1)")],
+    [
+        (Linf("8/255"), "Linf(8/255)"),
+        (L2(0.5), "L2(0.5)"),
+        (Linf(0.3), "Linf(0.3)"),
+        (L2(1), "L2(1)"),
+        (L1(12), "L1(12)"),
+    ],
 )
 def test_a_threat_reads_as_it_is_written(threat, text):
     assert repr(threat) == text
-    assert eval(text, {"Linf": lambda value: Linf(value), "L2": lambda value: L2(value)}) == threat
+    assert (
+        eval(text, {"Linf": lambda value: Linf(value), "L2": lambda value: L2(value), "L1": lambda value: L1(value)})
+        == threat
+    )
 
 
 def test_threats_are_values():
@@ -62,7 +71,7 @@ def test_projection_ends_in_ball_and_box_and_is_idempotent(threat, shape, seed, 
     assert projected.dtype == dtype
 
 
-@given(st.sampled_from(["linf", "l2"]), seeds)
+@given(st.sampled_from(["linf", "l2", "l1"]), seeds)
 @settings(max_examples=30, deadline=None)
 def test_projection_leaves_points_inside_alone(norm, seed):
     x = images((4, 1, 3, 3), seed)
@@ -106,10 +115,20 @@ def test_l2_random_starts_are_uniform_in_the_ball():
     assert delta.mean(0).abs().max() < 4 * (0.2 / 4000) ** 0.5
 
 
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5), L1(4)], ids=str)
+def test_one_generator_for_each_image_makes_draws_independent_of_the_batch(threat):
+    x = images((5, 2, 3, 3), 0)
+    each = lambda rows: [torch.Generator().manual_seed(row) for row in rows]  # noqa: E731
+    whole = threat.random_start(x, each(range(5)))
+    torch.testing.assert_close(threat.random_start(x[[3, 1]], each([3, 1])), whole[[3, 1]], atol=1e-7, rtol=0)
+    threat.check(whole, x)
+    assert len({round(float(size), 6) for size in threat.size(whole - x)}) == 5
+
+
 def test_draws_do_not_depend_on_the_memory_format():
     x = images((3, 4, 5, 5), 0)
     last = x.contiguous(memory_format=torch.channels_last)
-    for threat in (Linf(0.1), L2(0.5)):
+    for threat in (Linf(0.1), L2(0.5), L1(4)):
         plain = threat.random_start(x, torch.Generator().manual_seed(1))
         other = threat.random_start(last, torch.Generator().manual_seed(1))
         torch.testing.assert_close(plain, other, atol=1e-7, rtol=0)
@@ -139,7 +158,7 @@ def test_the_length_of_a_step_does_not_depend_on_that_of_the_gradient(scale):
 
 def test_zero_and_undefined_gradients_do_not_move():
     x = images((2, 1, 3, 3), 0)
-    for threat in (Linf(1), L2(1)):
+    for threat in (Linf(1), L2(1), L1(1)):
         assert torch.equal(threat.ascend(x, torch.zeros_like(x), 0.5), x)
         assert torch.equal(threat.ascend(x, torch.full_like(x, torch.nan), 0.5), x)
 
@@ -147,7 +166,7 @@ def test_zero_and_undefined_gradients_do_not_move():
 def test_steps_can_differ_by_image():
     x = torch.full((3, 1, 2, 2), 0.5)
     sizes = torch.tensor([0.0, 0.1, 0.2])
-    for threat in (Linf(1), L2(1)):
+    for threat in (Linf(1), L2(1), L1(1)):
         move = threat.ascend(x, torch.ones_like(x), sizes.view(3, 1, 1, 1)) - x
         torch.testing.assert_close(threat.size(move), sizes)
 
@@ -163,7 +182,7 @@ def test_steps_can_differ_by_image():
 )
 def test_check_sees_what_leaves_the_threat(change, words):
     x = torch.full((2, 1, 3, 3), 0.5)
-    for threat in (Linf("8/255"), L2("8/255")):
+    for threat in (Linf("8/255"), L2("8/255"), L1("8/255")):
         start = threat.ascend(x, torch.ones_like(x), threat.eps)
         threat.check(start, x)
         with pytest.raises(UserError, match=words):

@@ -28,6 +28,10 @@ class Two(Net):
 def shifted(by):
     return Net()
 
+def wide(*, width, bias=True, name):
+    assert name == "7"
+    return nn.Linear(4, width, bias=bias)
+
 def broken():
     raise RuntimeError("no weights\\nhere")
 
@@ -84,6 +88,12 @@ def test_a_factory_is_printed_in_execution_order(run):
     assert out[2].endswith("108  72.973%") and out[5].endswith(" 4")  # buffers are no share of the parameters
 
 
+def test_options_reach_the_factory_with_their_types(run):
+    code, out, err = run("mynets.small:wide", "--option", "width=3", "--option", "bias=false", "--option", "name='7'")
+    assert (code, err) == (0, [])
+    assert out[0] == "mynets.small:wide: 12 parameters"  # no bias, which the text 'false' would have made
+
+
 def test_each_selector_gets_a_column(run):
     code, out, err = run("mynets.small:Net", "--select", "first(1) | last(1)", "--select", "channels(head, 0.5)")
     assert (code, err) == (0, [])
@@ -124,7 +134,12 @@ def test_a_model_that_cannot_be_run_is_printed_in_registration_order(run):
         (["mynets.small:seven"], "mynets.small:seven is of type int; allowed: a function that returns an nn.Module"),
         (["mynets.small:number"], "mynets.small:number() returned a value of type int; allowed: an nn.Module"),
         (["mynets.small:broken"], "mynets.small:broken() failed: RuntimeError: no weights here"),
-        (["mynets.small:shifted"], "mynets.small:shifted() failed: TypeError: shifted() missing 1 required "),
+        (["mynets.small:shifted"], "mynets.small:shifted needs by"),
+        (["mynets.small:shifted", "--option", "bye=2"], "unknown option of mynets.small:shifted 'bye'; nearest: by; "),
+        (["mynets.small:shifted", "--option", "by"], "--option: 'by' is not NAME=VALUE, such as width=16"),
+        (["mynets.small:shifted", "--option", "by=[", "--option", "by=2"], "--option by: not valid YAML: a bracket is "),
+        (["mynets.small:shifted", "--option", "by=1", "--option", "by=2"], "--option: 'by' is given twice"),
+        (["mynets.small:Net", "--option", "by=1"], "mynets.small:Net takes no options"),
         (["mynets.small:numbr"], "unknown function of mynets.small 'numbr'; nearest: number; allowed: Net, Two, "),
         (["mynets.smal:Net"], "there is no module 'mynets.smal' in "),
         (["no_such_nets.small:Net"], "there is no module 'no_such_nets' in "),
@@ -133,6 +148,7 @@ def test_a_model_that_cannot_be_run_is_printed_in_registration_order(run):
         (["mynets/small.py:Net"], "'mynets/small.py:Net' is not MODULE:FUNCTION, such as mypackage.models:resnet"),
         (["nothing"], "nothing: no such file; give a study file, STUDY.yaml, or a function, MODULE:FUNCTION"),
         (["no.yaml"], "no.yaml"),
+        (["no.yaml", "--option", "by=1"], "--option: means an argument of a function; no.yaml is a study, which takes "),
         (["mynets.small:Net", "--arm", "norm"], "--arm: means a study's settings; mynets.small:Net is a function"),
         (["mynets.small:Net", "--set", "seeds=2"], "--set: means a study's settings; mynets.small:Net is a function"),
         (["mynets.small:Net", "--select", "nrm"], "--select: unknown selector 'nrm'; nearest: norm"),

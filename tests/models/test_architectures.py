@@ -9,20 +9,39 @@ from torch.nn import functional
 
 from robustlayers import models
 from robustlayers.core.errors import UserError
+from robustlayers.normalization import crafting_forward
+from robustlayers.selection import norm_layers, select
 
 SMALL = {
     "resnet": {"depth": 8, "width": 4},
     "preact-resnet": {"depth": 18, "width": 4},
     "wide-resnet": {"depth": 10, "widen": 1},
+    "resnet18": {"width": 4},
+    "resnet34": {"width": 4, "stem": "imagenet"},
+    "resnet50": {"width": 4},
+    "vgg": {"depth": 11, "width": 4},
+    "nf-resnet": {"width": 4},
+    "fixup-resnet": {"depth": 14, "width": 4},
     "small-cnn": {},
+    "mlp": {"width": 16},
 }
 VARIANTS = [
     *SMALL.items(),
     ("resnet", {"depth": 8, "width": 4, "shortcut": "B"}),
     ("resnet", {"depth": 8, "width": 4, "shortcut": "B", "norm": "none"}),
     ("preact-resnet", {"width": 4, "norm": "none"}),
+    ("resnet18", {"width": 4, "stem": "imagenet", "norm": "none"}),
+    ("resnet50", {"width": 4, "norm": "none"}),
+    ("vgg", {"depth": 16, "width": 4, "norm": "none"}),
+    ("nf-resnet", {"depth": 26, "width": 4, "stem": "imagenet", "last_gain": 0}),
     ("small-cnn", {"norm": "none"}),
+    ("mlp", {"width": 16, "norm": "none"}),
 ]
+
+
+def build(name, size=32, **options):
+    """A network for images of `size` x `size`: only an MLP has to know."""
+    return models.build(name, **options, **({"size": size} if name == "mlp" else {}))
 
 
 def counts(name, **options):
@@ -44,6 +63,9 @@ def test_every_architecture_is_tested_here():
         ("resnet", {"depth": 14, "shortcut": "B"}, 1_120, 175_258),
         ("resnet", {"depth": 32}, 2_272, 464_154),
         ("preact-resnet", {"depth": 18}, 7_808, 11_172_170),
+        ("resnet", {"depth": 110, "shortcut": "B"}, 8_288, 1_730_714),
+        ("preact-resnet", {"depth": 34}, 15_232, 21_280_330),
+        ("wide-resnet", {"depth": 28, "widen": 4}, 7_200, 5_849_050),
         ("wide-resnet", {"depth": 28, "widen": 10}, 17_952, 36_479_194),
         ("wide-resnet", {"depth": 34, "widen": 10}, 22_432, 46_160_474),
     ],
@@ -64,7 +86,7 @@ def test_norm_share_of_the_option_a_resnet_follows_its_formula(depth):
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (2, 8)])
 def test_forward_gives_finite_logits_and_leaves_its_input_alone(name, options, channels, size):
-    model = models.build(name, seed=0, channels=channels, classes=7, **options).eval()
+    model = build(name, size, seed=0, channels=channels, classes=7, **options).eval()
     x = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     before = x.clone()
     logits = model(x)
@@ -106,8 +128,49 @@ def test_a_seeded_build_is_pure_and_leaves_the_global_generator_alone(name, opti
     other = models.build(name, seed=4, **options)
     assert list(first.state_dict()) == list(second.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert not torch.equal(first.get_parameter("conv1.weight"), other.get_parameter("conv1.weight"))
-    assert not torch.equal(first.get_parameter("linear.weight"), other.get_parameter("linear.weight"))
+    for tensor, weight in first.named_parameters():
+        if weight.dim() > 1 and weight.std() > 0:  # others are 0 or 1
+            assert not torch.equal(weight, other.get_parameter(tensor)), tensor
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_selectors_find_stem_stages_blocks_and_head(name, options):
+    model = models.build(name, seed=0, **options)
+    layout, modules = model.layout(), dict(model.named_modules())
+    found = [set(select(model, part)) for part in ("stem", "head")]
+    for index, (prefix, *_) in enumerate(layout.stages, start=1):
+        found.append(set(select(model, f"stage({index})")))
+        for place, (child, _) in enumerate(modules[prefix].named_children(), start=1):
+            block = set(select(model, f"block({index}, {place})"))
+            assert block == {tensor for tensor in model.state_dict() if tensor.startswith(f"{prefix}.{child}.")}
+            assert block
+    assert all(found)
+    assert sum(map(len, found)) == len(set().union(*found)) == len(model.state_dict()) - 2  # mean and std
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_the_folded_forward_equals_the_model(name, options):
+    model = build(name, 16, seed=0, **options).eval()
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    forward = crafting_forward(model)
+    assert forward.reason == ""
+    torch.testing.assert_close(forward(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), SMALL.items())
+@pytest.mark.parametrize("norm", [norm for norm in models.norm_names() if norm != "batch"])
+def test_other_norms_train_in_every_model_that_has_norm_layers(name, options, norm):
+    if "norm" not in models.options_of(name) or (name == "mlp" and norm in ("instance", "random")):
+        assert [fault.path for fault in models.check(name, {"norm": norm})] == ["norm"]
+        return
+    model = build(name, 64, seed=0, **{**options, "norm": norm})
+    norms = norm_layers(model)
+    assert bool(norms) == (norm != "none")
+    logits = model(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    functional.cross_entropy(logits, torch.tensor([0, 1])).backward()
+    for tensor, parameter in model.named_parameters():  # a branch that did not run gets no gradient
+        assert parameter.grad is not None or tensor.startswith(tuple(norms)), tensor
+    assert logits.isfinite().all()
 
 
 def test_an_unseeded_build_draws_from_the_global_generator():
@@ -141,16 +204,17 @@ def test_initialization_is_kaiming_fan_out():
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_a_convolution_has_a_bias_exactly_where_nothing_after_it_shifts(name, options):
     model = models.build(name, seed=0, **options)
-    biased = options.get("norm") == "none"
+    biased = options.get("norm") == "none" or name in ("nf-resnet", "vgg")
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and not (name == "preact-resnet" and "shortcut" in path):
             assert (module.bias is not None) == biased, path
-    assert not biased or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    with_norm = "norm" in models.options_of(name) and options.get("norm") != "none"
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == with_norm
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_traceable_copyable_and_channels_last(name, options):
-    model = models.build(name, seed=0, **options).eval()
+    model = build(name, 16, seed=0, **options).eval()
     x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = model(x)
     traced = torch.fx.symbolic_trace(model)
@@ -202,29 +266,8 @@ def test_the_stem_stride_divides_the_pixels_that_the_stages_see():
     assert sizes == [(14, 14)]
 
 
-def randomized(model):
-    """The model in evaluation mode with statistics, scales and shifts that are not 0 or 1."""
-    generator = torch.Generator().manual_seed(7)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                getattr(module, name).data.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
-
-
-def conv(state, name, x, stride=1):
-    weight = state[f"{name}.weight"]
-    return functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
-
-
-def norm(state, name, x):
-    weight, bias, mean, var = (
-        state[f"{name}.{key}"].view(1, -1, 1, 1) for key in ("weight", "bias", "running_mean", "running_var")
-    )
-    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
-
-
-def test_the_resnet_computes_what_the_paper_says():
+def test_the_resnet_computes_what_the_paper_says(reference):
+    conv, norm, randomized = reference.conv, reference.norm, reference.randomized
     model = randomized(models.build("resnet", seed=0, depth=8, width=4, shortcut="B"))
     state, x = model.state_dict(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     y = norm(state, "bn1", conv(state, "conv1", (x - 0.5) / 0.5)).relu()
@@ -239,7 +282,8 @@ def test_the_resnet_computes_what_the_paper_says():
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_pre_activation_network_computes_what_the_paper_says():
+def test_the_pre_activation_network_computes_what_the_paper_says(reference):
+    conv, norm, randomized = reference.conv, reference.norm, reference.randomized
     model = randomized(models.build("wide-resnet", seed=0, depth=10, widen=1))
     state, x = model.state_dict(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     y = conv(state, "conv1", (x - 0.5) / 0.5)

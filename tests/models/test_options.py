@@ -68,10 +68,10 @@ def test_resolved_options_are_canonical():
 
 def test_a_registered_norm_reaches_every_place(monkeypatch):
     monkeypatch.setattr(norms, "_KINDS", dict(norms._KINDS))
-    models.register_norm("group", models.NormKind(lambda channels: nn.GroupNorm(1, channels)))
-    model = models.build("resnet", seed=0, depth=8, width=4, shortcut="B", norm="group")
+    models.register_norm("own-group", models.NormKind(lambda channels: nn.GroupNorm(1, channels)))
+    model = models.build("resnet", seed=0, depth=8, width=4, shortcut="B", norm="own-group")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.GroupNorm)]
     assert {"bn1", "layer1.0.bn1", "layer1.0.bn2", "layer2.0.shortcut.1"} <= set(names)
     assert model(torch.rand(2, 3, 8, 8)).shape == (2, 10)
     with pytest.raises(UserError, match="registered already"):
-        models.register_norm("group", models.NormKind(nn.BatchNorm2d))
+        models.register_norm("own-group", models.NormKind(nn.BatchNorm2d))

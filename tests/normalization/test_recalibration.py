@@ -58,6 +58,12 @@ def test_each_batch_weighs_the_same_whatever_its_size():
     assert layer.num_batches_tracked.item() == 2
 
 
+def test_sums_keep_more_digits_than_float32():
+    layer = nn.BatchNorm1d(1)
+    recalibrate(layer, [torch.full((2, 1), value) for value in (2.0**24, 1.0, 1.0)])
+    assert layer.running_mean.item() == (2**24 + 2) / 3
+
+
 def test_with_a_momentum_it_goes_on_from_the_present_values_as_training_does(net, batch):
     model, reference = net("resnet", torch.float64), net("resnet", torch.float64).train()
     for module in norm_layers(reference).values():
@@ -241,7 +247,10 @@ def trace(model):
             name,
             module.training,
             getattr(module, "momentum", None),
-            [(key, id(p), p.requires_grad, p.tolist(), id(p.grad)) for key, p in module._parameters.items()],
+            [
+                (key, id(p), p.requires_grad, p.tolist(), id(p.grad), None if p.grad is None else p.grad.tolist())
+                for key, p in module._parameters.items()
+            ],
             [(key, id(b)) for key, b in module._buffers.items()],
             [(key, b.tolist()) for key, b in module._buffers.items() if module not in norm_layers(model).values()],
             {key: (id(value), list(value)) for key, value in vars(module).items() if key.endswith("_hooks") and value},

@@ -55,6 +55,7 @@ def test_each_group_moves_as_an_optimizer_of_its_own_would_move_it(net, batch, k
     nesterov = kind == "nesterov"
     kind = "sgd" if nesterov else kind
     settings = OptimizerSettings(kind, lr=0.05, weight_decay=0.1, nesterov=nesterov, groups=own)
+    assert [settings.of(group).nesterov for group in GROUPS] == [False, False, nesterov]
     partition, _ = stepped(model, settings, (x, y))
     optimizers = []
     for group in GROUPS:
@@ -97,6 +98,7 @@ def test_decay_of_weights_spares_norm_layers_and_biases(net):
         "3.weight": 5e-4,
         "3.bias": 0.0,
     }
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 0.0]
 
 
 def test_the_schedule_reaches_every_group(net, batch):

@@ -1,18 +1,18 @@
-"""What all attacks share: the protocol, the check of their input, the gradient for the input, the best point so far."""
+"""What all attacks share: the protocols, the check of their input, the gradient for the input, the best point so far."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from robustlayers.attacks.losses import is_correct
+from robustlayers.attacks._draws import Generators
+from robustlayers.attacks._goal import Goal
 from robustlayers.attacks.threat import Threat
 from robustlayers.core.errors import UserError
-from robustlayers.core.random import stream
 
 Forward = Callable[[Tensor], Tensor]
 """Images [n, ...] in [0, 1] -> logits [n, classes]."""
@@ -31,6 +31,32 @@ class Attack(Protocol):
 
     def __call__(self, forward: Forward, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return adversarial images for `x` with labels `y`; all randomness comes from `generator`."""
+        ...
+
+
+class NamedAttack(Attack, Protocol):
+    """What our own attacks know about themselves, besides: cost, a line of description, and what decides them."""
+
+    @property
+    def forward_passes(self) -> int:
+        """Forward passes for each image, at most."""
+        ...
+
+    @property
+    def backward_passes(self) -> int:
+        """Backward passes for each image, at most."""
+        ...
+
+    def describe(self) -> str:
+        """Return one line with everything that decides the attack's strength."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the attack as plain data; options that came later only where they are used."""
+        ...
+
+    def __call__(self, forward: Forward, x: Tensor, y: Tensor, *, generator: Generators | None = None) -> Tensor:
+        """Return adversarial images; `generator` may also be a sequence with one generator for each image."""
         ...
 
 
@@ -69,11 +95,6 @@ def usable(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.is_inference() else tensor
 
 
-def own_generator(x: Tensor, generator: torch.Generator | None) -> torch.Generator:
-    """Return `generator`, or a fresh one that is the same on every call."""
-    return stream(0, "attack", device=x.device) if generator is None else generator
-
-
 def gradient(forward: Forward, x_adv: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits [n, classes], losses [n] and the gradient of each image's loss for that image, like `x_adv`.
 
@@ -82,9 +103,10 @@ def gradient(forward: Forward, x_adv: Tensor, objective: Objective) -> tuple[Ten
     x_adv = x_adv.detach().requires_grad_()
     logits = forward(x_adv)
     losses = objective(logits)
-    if not losses.requires_grad:
+    # The model's parameters may want gradients where its input has been cut off from its output.
+    slope = torch.autograd.grad(losses.sum(), x_adv, allow_unused=True)[0] if losses.requires_grad else None
+    if slope is None:
         raise UserError("the forward's output has no gradient for its input; gradient attacks need one")
-    (slope,) = torch.autograd.grad(losses.sum(), x_adv)
     return logits.detach(), losses.detach(), slope
 
 
@@ -96,24 +118,56 @@ def score(forward: Forward, x_adv: Tensor, objective: Objective) -> tuple[Tensor
 
 
 class Best:
-    """The best point of each image so far: one that is misclassified before one that is not, then the higher loss."""
+    """The best point of each image so far: one that is broken before one that is not, then the higher loss.
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
+    With `stop`, the first broken point of an image stays: what comes later does not count, so that a result does not
+    depend on when the image was taken out of the batch.
+    """
+
+    def __init__(self, x: Tensor, *, stop: bool = False) -> None:
         self.x = x
-        self._y = y
-        self._wrong: Tensor | None = None
+        self._stop = stop
+        self._own = False
+        self._broken: Tensor | None = None
         self._losses: Tensor | None = None
 
-    def update(self, x_adv: Tensor, logits: Tensor, losses: Tensor) -> None:
-        """Keep those images of `x_adv` that beat the best so far; equals do not."""
-        wrong = ~is_correct(logits, self._y)
-        if self._wrong is None or self._losses is None:
-            self.x, self._wrong, self._losses = x_adv, wrong, losses
+    def update(self, goal: Goal, x_adv: Tensor, logits: Tensor, losses: Tensor, rows: Tensor | None = None) -> None:
+        """Keep those images of `x_adv` that beat the best so far; equals do not. `rows` says which images these are."""
+        broken = goal.broken(logits)
+        if self._broken is None or self._losses is None:
+            self.x, self._broken, self._losses = x_adv, broken, losses
             return
-        better = (wrong & ~self._wrong) | ((wrong == self._wrong) & (losses > self._losses))
-        self.x = select(better, x_adv, self.x)
-        self._wrong = self._wrong | wrong
-        self._losses = torch.where(better, losses, self._losses)
+        x_then, broken_then, losses_then = self.x, self._broken, self._losses
+        if rows is not None:
+            x_then, broken_then, losses_then = x_then[rows], broken_then[rows], losses_then[rows]
+        better = (broken & ~broken_then) | ((broken == broken_then) & (losses > losses_then))
+        if self._stop:
+            better = better & ~broken_then
+        x_now, broken_now = select(better, x_adv, x_then), broken_then | broken
+        losses_now = torch.where(better, losses, losses_then)
+        if rows is not None:
+            if not self._own:  # what was given may be an iterate that goes on
+                self.x, self._broken, self._losses = self.x.clone(), self._broken.clone(), self._losses.clone()
+                self._own = True
+            self.x[rows], self._broken[rows], self._losses[rows] = x_now, broken_now, losses_now
+            return
+        self.x, self._broken, self._losses, self._own = x_now, broken_now, losses_now, True
+
+    def standing(self) -> Tensor:
+        """Return the places of the images that are not broken yet; this waits for the device."""
+        if self._broken is None:
+            return torch.arange(len(self.x), device=self.x.device)
+        return (~self._broken).nonzero().squeeze(1)
+
+    def compact(self, rows: Tensor) -> Tensor | None:
+        """Return which of the images at `rows` to go on with, or None for all; this waits for the device.
+
+        They are fewer only where an eighth is broken: a batch of another size costs a model something, too.
+        """
+        if self._broken is None:
+            return None
+        standing = (~self._broken[rows]).nonzero().squeeze(1)
+        return None if len(standing) > 7 * len(rows) // 8 else standing
 
 
 def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,16 +12,17 @@ from torch import Tensor
 from robustlayers.attacks._ascent import (
     Best,
     Forward,
-    Objective,
     count,
     differentiating,
     flag,
     gradient,
-    own_generator,
     prepare,
     score,
     select,
 )
+from robustlayers.attacks._draws import Generators, own_generator
+from robustlayers.attacks._goal import Goal, make_goal
+from robustlayers.attacks._identity import identity_of, later
 from robustlayers.attacks.losses import find_loss
 from robustlayers.attacks.threat import Threat
 from robustlayers.core.errors import UserError
@@ -59,7 +61,11 @@ class APGD:
     point. Decisions are taken image by image.
 
     `loss` is `ce`, `dlr` or `margin`. The best iterate is returned: misclassified before not, then the higher loss.
-    Restarts are nested, as those of `PGD`.
+    Restarts are nested, as those of `PGD`. With `early_exit`, an image takes no part in further steps and restarts once
+    it is misclassified, as in AutoAttack: as many images are broken, at a lower cost on a weak model.
+
+    Cost: steps + 1 forwards and `steps` backwards for each restart. Too weak on its own where gradients are masked, and
+    with `ce` where logits saturate; `dlr` and the targeted `TargetedAPGD` see through a scale of the logits.
 
     Raises `UserError` for values that are not allowed.
 
@@ -73,6 +79,7 @@ class APGD:
     loss: str = "ce"
     restarts: int = 1
     random_start: bool = True
+    early_exit: bool = later(False)
 
     def __post_init__(self) -> None:
         count("steps", self.steps, 1)
@@ -82,6 +89,8 @@ class APGD:
             raise UserError("restarts: several restarts without random_start are all the same; use restarts=1")
         if find_loss(self.loss).against_clean:
             raise UserError(f"loss {self.loss}: not offered for apgd; allowed: ce, dlr, margin")
+        flag("early_exit", self.early_exit)
+        check_norm("apgd", self.threat)
 
     @property
     def forward_passes(self) -> int:
@@ -97,54 +106,125 @@ class APGD:
         """Return one line with everything that decides the attack's strength."""
         restarts = f"{self.restarts} restart{'s' if self.restarts > 1 else ''}"
         start = "" if self.random_start else ", from the clean image"
-        return f"apgd-{self.loss}-{self.steps}, {self.threat}, {restarts}, best iterate{start}"
+        stop = ", stops when broken" if self.early_exit else ""
+        return f"apgd-{self.loss}-{self.steps}, {self.threat}, {restarts}, best iterate{start}{stop}"
 
-    def __call__(self, forward: Forward, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the attack as plain data; options that came later only where they are used."""
+        return identity_of(self)
+
+    def __call__(
+        self,
+        forward: Forward,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: Generators | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
         """Return adversarial images for `x`, as `PGD` does."""
         x, y = prepare(x, y)
         if x.numel() == 0:
             return x.clone()
         generator = own_generator(x, generator)
-        objective = partial(find_loss(self.loss), y=y)
-        best = Best(x, y)
+        goal = make_goal(self.loss, y, target)
+        best = Best(x, stop=self.early_exit)
         with differentiating():
             for _ in range(self.restarts):
                 start = self.threat.random_start(x, generator) if self.random_start else x.clone()
-                self._climb(forward, x, start, objective, best)
+                if not self.early_exit:
+                    climb_by_itself(forward, self.threat, goal, x, start, self.steps, best)
+                elif len(rows := best.standing()):
+                    part = goal.take(rows), x[rows], start[rows]
+                    climb_by_itself(forward, self.threat, *part, self.steps, best, rows)
         return best.x.detach()
 
-    def _climb(self, forward: Forward, x: Tensor, x_adv: Tensor, objective: Objective, best: Best) -> None:
-        project, ascend = self.threat.projector(x), self.threat.ascend
-        checks = checkpoints(self.steps)
 
-        logits, losses, slope = gradient(forward, x_adv, objective)
-        best.update(x_adv, logits, losses)
-        # The algorithm's own best is by loss alone; `best` also prefers misclassified points.
-        peak_x, peak_slope, peak = x_adv, slope, losses
-        eta = x.new_full((len(x), *[1] * (x.ndim - 1)), 2 * self.threat.eps)
-        before, last_check = x_adv, 0
-        rises = torch.zeros_like(losses)  # steps since the last checkpoint that raised the loss
-        eta_then, peak_then = eta, peak
+def check_norm(name: str, threat: Threat) -> None:
+    """Raise `UserError` for a norm in which the algorithm is not defined."""
+    if threat.norm not in ("linf", "l2"):
+        raise UserError(f"{name}: not offered for {threat.norm}; allowed: linf, l2; use pgd for {threat.norm}")
 
-        for k in range(1, self.steps + 1):
-            z = project(ascend(x_adv, slope, eta))
-            if k > 1:
-                z = project(x_adv + MOMENTUM * (z - x_adv) + (1 - MOMENTUM) * (x_adv - before))
-            before, x_adv, losses_before = x_adv, z, losses
-            if k == self.steps:  # no step follows: no gradient is needed
-                best.update(x_adv, *score(forward, x_adv, objective))
-                break
-            logits, losses, slope = gradient(forward, x_adv, objective)
-            best.update(x_adv, logits, losses)
-            rises = rises + (losses > losses_before)
-            higher = losses > peak
-            peak = torch.where(higher, losses, peak)
-            peak_x, peak_slope = select(higher, x_adv, peak_x), select(higher, slope, peak_slope)
-            if k in checks:
-                stuck = (eta.flatten() == eta_then.flatten()) & (peak == peak_then)
-                halve = (rises < PROGRESS * (k - last_check)) | stuck
-                eta_then, peak_then, last_check = eta, peak, k
-                eta = select(halve, eta / 2, eta)
-                x_adv, slope = select(halve, peak_x, x_adv), select(halve, peak_slope, slope)
-                losses = torch.where(halve, peak, losses)
-                rises = torch.zeros_like(rises)
+
+@dataclass
+class _State:
+    """Everything that Auto-PGD remembers of a batch, image by image."""
+
+    x: Tensor
+    x_adv: Tensor
+    before: Tensor  # the iterate before x_adv
+    slope: Tensor
+    losses: Tensor
+    # The algorithm's own best is by loss alone; `Best` also prefers misclassified points.
+    peak_x: Tensor
+    peak_slope: Tensor
+    peak: Tensor
+    eta: Tensor  # step size [n, 1, ...]
+    rises: Tensor  # steps since the last checkpoint that raised the loss
+    eta_then: Tensor  # at the last checkpoint
+    peak_then: Tensor
+
+    def take(self, places: Tensor) -> _State:
+        return _State(**{part.name: getattr(self, part.name)[places] for part in fields(self)})
+
+
+def climb_by_itself(
+    forward: Forward,
+    threat: Threat,
+    goal: Goal,
+    x: Tensor,
+    start: Tensor,
+    steps: int,
+    best: Best,
+    rows: Tensor | None = None,
+) -> None:
+    """Take all steps of Auto-PGD from one start and tell `best` about every iterate.
+
+    With `rows`, the places of these images in the batch of `best`, images that are broken are left out of the batches
+    that follow.
+    """
+    project, checks = threat.projector(x), checkpoints(steps)
+    logits, losses, slope = gradient(forward, start, goal.losses)
+    best.update(goal, start, logits, losses, rows)
+    eta = x.new_full((len(x), *[1] * (x.ndim - 1)), 2 * threat.eps)
+    now = _State(x, start, start, slope, losses, start, slope, losses, eta, torch.zeros_like(losses), eta, losses)
+    last_check = 0
+    for k in range(1, steps + 1):
+        places = None if rows is None else best.compact(rows)
+        if rows is not None and places is not None:
+            if not len(places):
+                return
+            rows, goal, now = rows[places], goal.take(places), now.take(places)
+            project = threat.projector(now.x)
+        z = _step(threat, project, now, first=k == 1)
+        now.before, now.x_adv, losses_before = now.x_adv, z, now.losses
+        if k == steps:  # no step follows: no gradient is needed
+            best.update(goal, now.x_adv, *score(forward, now.x_adv, goal.losses), rows)
+            break
+        logits, now.losses, now.slope = gradient(forward, now.x_adv, goal.losses)
+        best.update(goal, now.x_adv, logits, now.losses, rows)
+        now.rises = now.rises + (now.losses > losses_before)
+        higher = now.losses > now.peak
+        now.peak = torch.where(higher, now.losses, now.peak)
+        now.peak_x, now.peak_slope = select(higher, now.x_adv, now.peak_x), select(higher, now.slope, now.peak_slope)
+        if k in checks:
+            _check(now, k - last_check)
+            last_check = k
+
+
+def _step(threat: Threat, project: Callable[[Tensor], Tensor], now: _State, *, first: bool) -> Tensor:
+    z = project(threat.ascend(now.x_adv, now.slope, now.eta))
+    if first:
+        return z
+    return project(now.x_adv + MOMENTUM * (z - now.x_adv) + (1 - MOMENTUM) * (now.x_adv - now.before))
+
+
+def _check(now: _State, since: int) -> None:
+    """Halve the step of the images that made no progress since the last checkpoint; they go on from their peak."""
+    stuck = (now.eta.flatten() == now.eta_then.flatten()) & (now.peak == now.peak_then)
+    halve = (now.rises < PROGRESS * since) | stuck
+    now.eta_then, now.peak_then = now.eta, now.peak
+    now.eta = select(halve, now.eta / 2, now.eta)
+    now.x_adv, now.slope = select(halve, now.peak_x, now.x_adv), select(halve, now.peak_slope, now.slope)
+    now.losses = torch.where(halve, now.peak, now.losses)
+    now.rises = torch.zeros_like(now.rises)

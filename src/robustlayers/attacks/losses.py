@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from robustlayers.core.errors import UserError, one_of
 
-__all__ = ["LOSSES", "Loss", "cross_entropy", "dlr", "find_loss", "is_correct", "kl", "margin"]
+__all__ = ["LOSSES", "Loss", "cross_entropy", "dlr", "dlr_targeted", "find_loss", "is_correct", "kl", "margin"]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -43,6 +43,19 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Return -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2) for a target class t != y; four or more classes.
+
+    Positive where the target is ahead of the label (Croce & Hein 2020, section 4, equation 7).
+
+    >>> dlr_targeted(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), torch.tensor([0]), torch.tensor([2]))
+    tensor([-0.4000])
+    """
+    top = logits.topk(4, dim=1).values
+    ahead = logits.gather(1, target[:, None]).squeeze(1) - logits.gather(1, y[:, None]).squeeze(1)
+    return ahead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
 def kl(logits: Tensor, clean: Tensor) -> Tensor:
     """Return KL(softmax(clean) || softmax(z)), the loss that TRADES attacks (Zhang et al. 2019); no labels."""
     difference = F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True)
@@ -51,22 +64,35 @@ def kl(logits: Tensor, clean: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss by name: `function(logits, target)` with the labels as target, or the logits of the clean images."""
+    """A loss by name: `function(logits, labels)`, or of the logits and those of the clean images (`against_clean`).
+
+    `toward(logits, labels, target)` is the loss that leads to a target class; None where there is none.
+    """
 
     name: str
     function: Callable[[Tensor, Tensor], Tensor]
     against_clean: bool = False
     classes: int = 2  # needs at least so many
+    toward: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    classes_toward: int = 2
 
-    def __call__(self, logits: Tensor, y: Tensor, clean: Tensor | None = None) -> Tensor:
-        """Return one value per image, float32 or wider; logits of another shape than [n, classes] are a `UserError`."""
+    def __call__(self, logits: Tensor, y: Tensor, clean: Tensor | None = None, target: Tensor | None = None) -> Tensor:
+        """Return one value per image, float32 or wider, higher is better for the attacker.
+
+        With a `target`, the value says how near the prediction is to that class. Raises `UserError` for logits of
+        another shape than [n, classes], and for a loss that lacks what it needs.
+        """
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(y):
             shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise UserError(f"the forward must return logits [{len(y)}, classes]; it returned {shape}")
-        if logits.shape[1] < self.classes:
-            raise UserError(
-                f"loss {self.name}: needs {self.classes} or more classes, the forward has {logits.shape[1]}"
-            )
+        least = self.classes if target is None else self.classes_toward
+        if logits.shape[1] < least:
+            kind = self.name if target is None else f"{self.name} with a target"
+            raise UserError(f"loss {kind}: needs {least} or more classes, the forward has {logits.shape[1]}")
+        if target is not None:
+            if self.toward is None:
+                raise UserError(f"loss {self.name}: knows no target class; allowed with a target: {_TOWARD}")
+            return self.toward(_wide(logits), y, target)
         if self.against_clean:
             if clean is None:
                 raise UserError(f"loss {self.name}: needs the logits of the clean images")
@@ -77,12 +103,14 @@ class Loss:
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("ce", cross_entropy),
-        Loss("margin", margin),
-        Loss("dlr", dlr, classes=3),
+        Loss("ce", cross_entropy, toward=lambda logits, y, target: -cross_entropy(logits, target)),
+        Loss("margin", margin, toward=lambda logits, y, target: -margin(logits, target)),
+        Loss("dlr", dlr, classes=3, toward=dlr_targeted, classes_toward=4),
         Loss("kl", kl, against_clean=True),
     )
 }
+
+_TOWARD = ", ".join(name for name, loss in LOSSES.items() if loss.toward)
 
 
 def find_loss(name: str) -> Loss:

@@ -5,23 +5,18 @@ The model is that of a study file, arm by arm and phase by phase, or one that an
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from robustlayers.cli.arguments import Overrides
+from robustlayers.cli.arguments import Overrides, Trust
 from robustlayers.cli.console import plain_console
 from robustlayers.core.errors import Fault, UserError, one_of
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from robustlayers.selection import Entry, Inventory, Selection
+    from robustlayers.selection import Entry, Inventory, Partition, Selection
     from robustlayers.study.schema import Recipe
 
 __all__ = ["groups"]
@@ -33,18 +28,25 @@ def groups(
         tyro.conf.Positional,
         tyro.conf.arg(
             metavar="STUDY.yaml|MODULE:FUNCTION",
-            help="the study file, or an importable function that is called without arguments and returns an nn.Module",
+            help="the study file, or an importable function that returns an nn.Module",
         ),
     ],
     overrides: Overrides = (),
+    trust: Trust = False,
     arm: Annotated[str | None, tyro.conf.arg(help="only this arm; all of them unless given")] = None,
     select: Annotated[
         tuple[str, ...],
         tyro.conf.UseAppendAction,
         tyro.conf.arg(metavar="SELECTOR", help="show what a selector picks instead; may be given several times"),
     ] = (),
+    option: Annotated[
+        tuple[str, ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="NAME=VALUE", help="an argument of MODULE:FUNCTION; may be given several times"),
+    ] = (),
 ) -> int:
     """Print the tensors of the model in execution order, and the group that holds each in each phase; train nothing."""
+    from robustlayers.models import build_factory
     from robustlayers.selection import Inventory
 
     path = Path(study)
@@ -53,19 +55,23 @@ def groups(
             raise UserError(
                 Fault("no such file; give a study file, STUDY.yaml, or a function, MODULE:FUNCTION", file=study)
             )
-        for option, value in (("--set", overrides), ("--arm", arm)):
+        for name, value in (("--set", overrides), ("--arm", arm)):
             if value:
-                raise UserError(Fault(f"means a study's settings; {study} is a function", path=option))
-        inventory = Inventory(_made_by(study))
+                raise UserError(Fault(f"means a study's settings; {study} is a function", path=name))
+        inventory = Inventory(build_factory(study, _options(option), seed=0))
         if select:
             _print_selected(inventory, select)
         else:
             _print(inventory, f"{study}: {inventory.parameters:,} parameters", {})
         return 0
+    if option:
+        raise UserError(
+            Fault(f"means an argument of a function; {study} is a study, which takes --set", path="--option")
+        )
     from robustlayers.study.definition import load_study
     from robustlayers.study.semantics import build_model, data_of
 
-    loaded = load_study(path, overrides)
+    loaded = load_study(path, overrides, trust=trust)
     names = [definition.name for definition in loaded.arms]
     if arm is not None and arm not in names:
         raise UserError(Fault(one_of("arm", arm, names), path="--arm"))
@@ -81,28 +87,43 @@ def groups(
     return 0
 
 
+def _options(assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of a function as `name=value` gives them, each value read like one in a study file."""
+    from robustlayers.study.yaml import parse_value
+
+    options: dict[str, Any] = {}
+    for text in assignments:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name.isidentifier():
+            raise UserError(Fault(f"{text!r} is not NAME=VALUE, such as width=16", path="--option"))
+        if name in options:
+            raise UserError(Fault(f"{name!r} is given twice", path="--option"))
+        options[name] = parse_value(value, f"--option {name}")
+    return options
+
+
 def _phases(inventory: Inventory, recipe: Recipe) -> dict[str, Callable[[Entry], str]]:
     """Return a column for each phase: which groups hold a tensor, and what they learn from."""
-    from robustlayers.selection import Partition
-    from robustlayers.study.semantics import phase_groups
-    from robustlayers.training import parse_signal, signal_text
+    from robustlayers.study.begin import start_text
+    from robustlayers.study.phases import group_texts, phase_partition
 
-    def column(partition: Partition, signals: Mapping[str, Any]) -> Callable[[Entry], str]:
+    def column(partition: Partition, texts: Mapping[str, str]) -> Callable[[Entry], str]:
         def cell(entry: Entry) -> str:
             parts = []
             for group in partition.group_of(entry.name):
                 count = partition[group].count(entry.name)
                 amount = "" if count == entry.size else f" ({count:,})"
-                parts.append(f"{group}{amount}: {signal_text(parse_signal(signals[group]))}")
+                parts.append(f"{group}{amount}: {texts[group]}")
             return ", ".join(parts)
 
         return cell
 
-    return {
-        phase.name: column(Partition(inventory.model, phase_groups(recipe, phase)), phase.train)
-        for phase in recipe.phases
-        if phase.epochs
-    }
+    columns = {}
+    for phase in recipe.phases:
+        if not phase.skipped:
+            partition = phase_partition(inventory.model, recipe, phase)
+            columns[phase.name] = column(partition, group_texts(phase, partition.selectors, start_text))
+    return columns
 
 
 def _print_selected(inventory: Inventory, selectors: Sequence[str]) -> None:
@@ -115,7 +136,7 @@ def _print_selected(inventory: Inventory, selectors: Sequence[str]) -> None:
         try:
             selections[selector] = resolve(inventory, selector)
         except UserError as error:
-            faults += [Fault(fault.message, path="--select") for fault in error.faults]
+            faults += [fault.at(path="--select") for fault in error.faults]
     if faults:
         raise UserError(faults)
     title = "\n".join(
@@ -181,46 +202,3 @@ def _print(
         ]
         table.add_row(*map(Text, [places[entry.name], *cells] if places else cells))
     console.print(table)
-
-
-def _made_by(text: str) -> nn.Module:
-    """Import `package.module:function` with the current folder on the path, call it, and return the model."""
-    from torch import nn
-
-    match = re.fullmatch(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)", text)
-    if match is None:
-        raise UserError(f"{text!r} is not MODULE:FUNCTION, such as mypackage.models:resnet")
-    module_name, function_name = match.groups()
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise UserError(f"{module_name} cannot be imported: {_said(error)}") from None
-            raise UserError(f"there is no module {error.name!r} in {here} or on Python's path") from None
-        except (Exception, SystemExit) as error:
-            raise UserError(f"{module_name} cannot be imported: {_said(error)}") from None
-        factory = getattr(module, function_name, None)
-        if factory is None:
-            known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-            raise UserError(one_of(f"function of {module_name}", function_name, known))
-        if isinstance(factory, nn.Module) or not callable(factory):
-            raise UserError(
-                f"{text} is of type {type(factory).__name__}; allowed: a function that returns an nn.Module"
-            )
-        try:
-            model = factory()
-        except (Exception, SystemExit) as error:
-            raise UserError(f"{text}() failed: {_said(error)}") from None
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
-    if not isinstance(model, nn.Module):
-        raise UserError(f"{text}() returned a value of type {type(model).__name__}; allowed: an nn.Module")
-    return model
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

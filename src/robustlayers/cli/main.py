@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from robustlayers.cli import data, groups, plan, report, rows, run, verify
+from robustlayers.cli import data, groups, plan, presets, report, rows, run, verify
 
 __all__ = ["main"]
 
@@ -23,6 +23,7 @@ _COMMANDS: dict[str, Any] = {
     "plan": plan.plan,
     "run": run.run,
     "groups": groups.groups,
+    "presets": presets.presets,
     "report": report.report,
     "rows": rows.rows,
     "verify": verify.verify,

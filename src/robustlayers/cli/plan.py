@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from robustlayers.cli.arguments import Overrides, StudyFile
+from robustlayers.cli.arguments import Overrides, StudyFile, Trust
 from robustlayers.cli.console import plain_console
 
 __all__ = ["plan"]
@@ -16,6 +16,7 @@ __all__ = ["plan"]
 def plan(
     study: StudyFile,
     overrides: Overrides = (),
+    trust: Trust = False,
     timing: Annotated[bool, tyro.conf.arg(help="measure a few passes to predict the time")] = True,
 ) -> int:
     """Print which tensors each group holds, the runs, the phases they share, and the cost; train nothing."""
@@ -26,7 +27,7 @@ def plan(
     from robustlayers.study.estimate import estimate_seconds
     from robustlayers.study.plan import make_plan
 
-    made = make_plan(load_study(Path(study), overrides))
+    made = make_plan(load_study(Path(study), overrides, trust=trust))
     facts = describe_plan(made)
     console = plain_console()
     console.print(f"[bold]{facts['name']}[/bold]: {facts['question']}", markup=True)

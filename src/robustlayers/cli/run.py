@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from robustlayers.cli.arguments import Overrides, StudyFile
+from robustlayers.cli.arguments import Overrides, StudyFile, Trust
 
 __all__ = ["run"]
 
@@ -17,6 +17,7 @@ __all__ = ["run"]
 def run(
     study: StudyFile,
     overrides: Overrides = (),
+    trust: Trust = False,
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help="where results go; runs/NAME unless given")] = None,
     device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     workers: Annotated[int | None, tyro.conf.arg(help="processes side by side; one for each core unless given")] = None,
@@ -35,13 +36,19 @@ def run(
     for name, value in (("workers", workers), ("threads", threads)):
         if value is not None and value < 1:
             raise UserError(f"--{name}: {value} is not allowed; allowed: at least 1")
-    loaded = load_study(Path(study), overrides)
+    loaded = load_study(Path(study), overrides, trust=trust)
     made = make_plan(loaded)
     folder = out or Path("runs") / loaded.name
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out: {folder} is a file; name a folder")
     command = " ".join(
-        ["robustlayers", "run", shlex.quote(str(study)), *(f"--set {shlex.quote(s)}" for s in overrides)]
+        [
+            "robustlayers",
+            "run",
+            shlex.quote(str(study)),
+            *(f"--set {shlex.quote(s)}" for s in overrides),
+            *(["--trust"] if trust else []),
+        ]
     )
     with show(loaded.name) as display:
         outcome = run_plan(

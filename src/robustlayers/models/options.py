@@ -10,7 +10,7 @@ from typing import Any
 from robustlayers.core.errors import Fault, UserError, one_of
 from robustlayers.core.quantities import number
 
-__all__ = ["Choice", "Integer", "Option", "PerChannel", "check_options", "resolve_options"]
+__all__ = ["Choice", "Integer", "Number", "Option", "PerChannel", "check_options", "resolve_options"]
 
 
 class Option(ABC):
@@ -21,6 +21,10 @@ class Option(ABC):
     @abstractmethod
     def problem(self, value: Any) -> str | None:
         """Return what is wrong with `value` and what is allowed, or None."""
+
+    def allowed(self) -> str:
+        """Return in a few words what is allowed; empty where only `problem` says it."""
+        return ""
 
     def resolve(self, value: Any, resolved: Mapping[str, Any]) -> Any:
         """Return the allowed `value` in its one canonical form; `resolved` holds the options listed before this one."""
@@ -44,9 +48,9 @@ class Integer(Option):
     def problem(self, value: Any) -> str | None:
         """Return what is wrong with `value`, or None."""
         if isinstance(value, bool) or not isinstance(value, int):
-            return f"{value!r} is not a whole number; allowed: {self._allowed()}"
+            return f"{value!r} is not a whole number; allowed: {self.allowed()}"
         close = self._nearest(value)
-        return None if close == value else f"{value} is not allowed; nearest: {close}; allowed: {self._allowed()}"
+        return None if close == value else f"{value} is not allowed; nearest: {close}; allowed: {self.allowed()}"
 
     def _nearest(self, value: int) -> int:
         if self.among:
@@ -54,12 +58,40 @@ class Integer(Option):
         close = self.least + self.step * max(0, round((value - self.least) / self.step))
         return close if self.most is None else min(close, self.most)
 
-    def _allowed(self) -> str:
+    def allowed(self) -> str:
+        """Return the numbers that are allowed."""
         if self.among:
             return ", ".join(str(value) for value in self.among)
         if self.step == 1:
             return f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
         return ", ".join(str(self.least + self.step * index) for index in range(3)) + ", ..."
+
+
+@dataclass(frozen=True)
+class Number(Option):
+    """A number above 0, as YAML writes it or as a fraction: `0.2` or `"1/5"`.
+
+    >>> Number(0.2).problem(0)
+    '0 is not allowed; it must be positive'
+    """
+
+    default: float
+
+    def problem(self, value: Any) -> str | None:
+        """Return what is wrong with `value`, or None."""
+        try:
+            positive = number(value) > 0
+        except UserError as error:
+            return error.faults[0].message
+        return None if positive else f"{value!r} is not allowed; it must be positive"
+
+    def allowed(self) -> str:
+        """Return `above 0`."""
+        return "above 0"
+
+    def resolve(self, value: Any, resolved: Mapping[str, Any]) -> float:
+        """Return the number as a float."""
+        return number(value)
 
 
 @dataclass(frozen=True)
@@ -75,7 +107,11 @@ class Choice(Option):
         names = list(self.names())
         if isinstance(value, str):
             return None if value in names else one_of(self.kind, value, names)
-        return f"{value!r} is not a name; allowed: {', '.join(sorted(names))}"
+        return f"{value!r} is not a name; allowed: {self.allowed()}"
+
+    def allowed(self) -> str:
+        """Return the names, in alphabetical order."""
+        return ", ".join(sorted(self.names()))
 
 
 @dataclass(frozen=True)
@@ -95,10 +131,14 @@ class PerChannel(Option):
         except UserError as error:
             return error.faults[0].message
         if not numbers:
-            return "an empty list; allowed: a number, or one for each channel"
+            return f"an empty list; allowed: {self.allowed()}"
         if self.positive and min(numbers) <= 0:
             return f"{value!r} is not allowed; it must be positive"
         return None
+
+    def allowed(self) -> str:
+        """Return `a number, or one for each channel`."""
+        return "a number, or one for each channel"
 
     def resolve(self, value: Any, resolved: Mapping[str, Any]) -> list[float]:
         """Return one float per channel; a list whose length is not `channels` is a `UserError`."""

@@ -9,29 +9,45 @@ import torch
 
 from robustlayers.core.errors import Fault, UserError, one_of
 from robustlayers.core.random import stream_seed
-from robustlayers.models import preact, resnet, small, wide
+from robustlayers.models import fixup, mlp, nf, preact, resnet, resnet_imagenet, small, vgg, wide
 from robustlayers.models.architecture import Architecture
 from robustlayers.models.layout import Network
-from robustlayers.models.options import check_options, resolve_options
-from robustlayers.models.parts import initialize
+from robustlayers.models.norms import finish_norms
+from robustlayers.models.options import Option, check_options, resolve_options
 
-__all__ = ["build", "check", "names", "resolve"]
+__all__ = ["build", "check", "names", "options_of", "resolve"]
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "resnet": resnet.ARCHITECTURE,
     "preact-resnet": preact.ARCHITECTURE,
     "wide-resnet": wide.ARCHITECTURE,
+    "resnet18": resnet_imagenet.RESNET18,
+    "resnet34": resnet_imagenet.RESNET34,
+    "resnet50": resnet_imagenet.RESNET50,
+    "vgg": vgg.ARCHITECTURE,
+    "nf-resnet": nf.ARCHITECTURE,
+    "fixup-resnet": fixup.ARCHITECTURE,
     "small-cnn": small.ARCHITECTURE,
+    "mlp": mlp.ARCHITECTURE,
 }
 
 
 def names() -> tuple[str, ...]:
     """Return the names of all architectures.
 
-    >>> names()
-    ('resnet', 'preact-resnet', 'wide-resnet', 'small-cnn')
+    >>> {"resnet", "resnet18", "wide-resnet", "small-cnn"} <= set(names())
+    True
     """
     return tuple(_ARCHITECTURES)
+
+
+def options_of(name: str) -> Mapping[str, Option]:
+    """Return the options that a model takes, by name; an unknown model is a `UserError`.
+
+    >>> "norm" in options_of("resnet"), "norm" in options_of("nf-resnet")
+    (True, False)
+    """
+    return dict(_find(name).options)
 
 
 def check(name: str, options: Mapping[str, Any]) -> list[Fault]:
@@ -78,7 +94,9 @@ def build(name: str, *, seed: int | None = None, **options: Any) -> Network:
 
 def _made(architecture: Architecture, options: Mapping[str, Any]) -> Network:
     model = architecture.make(**options)
-    initialize(model)
+    architecture.initialize(model)
+    if "norm" in options:
+        finish_norms(options["norm"], model)
     return model
 
 

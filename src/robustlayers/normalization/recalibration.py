@@ -344,9 +344,9 @@ _CONTAINERS = tuple(name for name, value in vars(nn.Module()).items() if isinsta
 
 @contextmanager
 def _no_trace(model: nn.Module) -> Iterator[None]:
-    """Lend the model copies of its buffers, freeze its parameters, and put everything back on exit.
+    """Lend the model copies of its buffers, freeze its parameters, and put back on exit what is not a mode.
 
-    Not covered: values written into a parameter in place.
+    Not covered, as with an attack's `guard`: values written into a parameter in place, and plain attributes of modules.
     """
     modules = list(model.modules())
     containers = [
@@ -355,7 +355,6 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
         for name in _CONTAINERS
         if (value := vars(module).get(name)) is not None
     ]
-    modes = [module.training for module in modules]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     copies = {buffer: buffer.detach().clone() for buffer in model.buffers()}  # shared ones stay shared
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
@@ -374,8 +373,6 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
                 if container or copy:  # in place: handles of hooks hold a reference to their dictionary
                     container.clear()
                     container.update(copy)
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
             for parameter, requires_grad, grad in parameters:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = grad

@@ -3,6 +3,7 @@
 from robustlayers.selection.inventory import Entry, Inventory, is_norm, norm_layers
 from robustlayers.selection.order import ExecutionOrder, execution_order, order_of
 from robustlayers.selection.partition import REST, Partition
+from robustlayers.selection.scores import selector_content
 from robustlayers.selection.selection import Selection
 from robustlayers.selection.selectors import resolve, select
 
@@ -19,4 +20,5 @@ __all__ = [
     "order_of",
     "resolve",
     "select",
+    "selector_content",
 ]

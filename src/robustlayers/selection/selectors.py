@@ -20,6 +20,7 @@ from robustlayers.selection.layout import layout_of
 from robustlayers.selection.order import order_of
 from robustlayers.selection.ordered import after, before, depth, first, last, unused
 from robustlayers.selection.partial import channels, random_channels, random_entries
+from robustlayers.selection.scores import bottom, top
 from robustlayers.selection.selection import Selection
 
 __all__ = ["FUNCTIONS", "KEYWORDS", "resolve", "select"]
@@ -200,6 +201,8 @@ FUNCTIONS: dict[str, Callable[[Arguments], Selection]] = {
     "last": last,
     "depth": depth,
     "regex": _regex,
+    "top": top,
+    "bottom": bottom,
 }
 
 

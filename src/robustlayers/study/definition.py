@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from robustlayers.core.errors import Fault, UserError, one_of
-from robustlayers.study import patches, yaml
+from robustlayers.study import patches, presets, yaml
 from robustlayers.study.begin import start_faults
 from robustlayers.study.claims import Claim
 from robustlayers.study.claims import parse as parse_claim
@@ -60,8 +60,7 @@ class Study:
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds, in order."""
-        seeds = self.config.seeds
-        return tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+        return _seed_list(self.config)
 
     @property
     def factors(self) -> dict[str, tuple[str, ...]]:
@@ -69,8 +68,10 @@ class Study:
         return {factor: tuple(levels) for factor, levels in self.config.factors.items()}
 
 
-def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
+def load_study(path: Path | str, overrides: Sequence[str] = (), *, trust: bool = False) -> Study:
     """Read a study file, apply `path=value` overrides, and check all of it: schema, models, data, groups, claims.
+
+    With `trust` the file may name a function of one's own as its model, which runs that code.
 
     Raises `UserError` with every fault, each with the line of the file (or the override) that it comes from.
     """
@@ -89,15 +90,18 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
         value = after
 
     place = _place(document, changed)
-    config, wrong = check(StudyConfig, value, place)
+    plain, unknown = _expanded(value, place)
+    if unknown:
+        raise UserError(_in_order([*faults, *unknown]))
+    config, wrong = check(StudyConfig, plain, _within_preset(place, value))
     faults += wrong.values()
     if config is None:  # what is wrong is left out, so that the rest is checked too
-        value = _without(value, wrong)
+        value = _without(plain, wrong)
         config, _ = check(StudyConfig, value, place)
         if config is None:
             raise UserError(_in_order(faults))
     name = config.name or Path(path).stem
-    arms, found = _arms(config, name, value, document, changed)
+    arms, found = _arms(config, name, value, document, changed, trust)
     faults += found
     claims: list[tuple[str, Claim]] = []
     if not any(keys[0] in ("evaluate", "factors") for keys in wrong) and all(config.factors.values()):
@@ -107,6 +111,10 @@ def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
     if faults:
         raise UserError(_in_order(faults))
     return Study(name, str(path), config, tuple(overrides), tuple(arms), tuple(claims), value)
+
+
+def _seed_list(config: StudyConfig) -> tuple[int, ...]:
+    return tuple(range(config.seeds)) if isinstance(config.seeds, int) else tuple(config.seeds)
 
 
 def _in_order(faults: Iterable[Fault]) -> list[Fault]:
@@ -189,7 +197,7 @@ def _below(source: str, rest: Keys) -> str:
 
 
 def _arms(
-    config: StudyConfig, study: str, value: Any, document: yaml.Document, changed: Sequence[Change]
+    config: StudyConfig, study: str, value: Any, document: yaml.Document, changed: Sequence[Change], trust: bool
 ) -> tuple[list[ArmDefinition], list[Fault]]:
     """Return the arms, and what is wrong with them: a fault that not every arm has names those that have it."""
     faults: list[Fault] = []
@@ -199,7 +207,7 @@ def _arms(
             faults.append(Fault("needs at least one level", document.file, line, f"factors.{factor}"))
     names = [phase.name for phase in config.phases]
     if len(set(names)) < len(names) or any(name.isdigit() for name in names):  # patches could not name a phase
-        return [], faults + _recipe(config, value, {}, document, changed)[1]
+        return [], faults + _recipe(config, value, {}, document, changed, trust)[1]
     arms: dict[str, ArmDefinition] = {}
     owners: dict[Fault, list[str]] = {}
     for combination in itertools.product(*config.factors.values()):
@@ -208,13 +216,13 @@ def _arms(
         if name in arms:
             text = f"two arms would be called {name!r}; rename a level"
             faults.append(Fault(text, document.file, document.line(("factors",)), "factors"))
-        recipe, found = _recipe(config, value, levels, document, changed)
+        recipe, found = _recipe(config, value, levels, document, changed, trust)
         for fault in found:
             owners.setdefault(fault, []).append(name)
         if recipe is not None:
             arms[name] = ArmDefinition(name, levels, recipe)
     if owners:
-        everywhere = set(_recipe(config, value, {}, document, changed)[1])
+        everywhere = set(_recipe(config, value, {}, document, changed, trust)[1])
         for fault, names in owners.items():
             if (
                 config.factors
@@ -247,6 +255,7 @@ def _recipe(
     levels: Mapping[str, str],
     document: yaml.Document,
     changed: Sequence[Change],
+    trust: bool,
 ) -> tuple[Recipe | None, list[Fault]]:
     """Return the recipe of an arm, and what is wrong with it; None if it does not even fit the schema."""
     place, changed = _place(document, changed), list(changed)
@@ -267,15 +276,50 @@ def _recipe(
                 continue
             changed.append((_keys(value, path), written))
             value = after
-    place = _place(document, changed)
-    plain = {key: item for key, item in value.items() if key in _RECIPE}
+    written = _place(document, changed)
+    expanded, found = _expanded(value, written)
+    if found:
+        return None, [*faults, *found]
+    place = _within_preset(written, value)
+    plain = {key: item for key, item in expanded.items() if key in _RECIPE}
     recipe, wrong = check(Recipe, plain, place)  # as written, so that a fault names the place where it was written
     if recipe is not None:
         recipe, wrong = check(Recipe, _inherit(plain), place)
-    faults += recipe_faults(recipe, place) if recipe is not None else wrong.values()
+    faults += recipe_faults(recipe, place, trust) if recipe is not None else wrong.values()
     if recipe is not None and not faults:
-        faults += start_faults(recipe, place)
+        faults += start_faults(recipe, place, _seed_list(config))
     return recipe, faults
+
+
+def _expanded(value: Any, place: Place) -> tuple[Any, list[Fault]]:
+    """Return the document with plain phases in the place of a preset, and what is wrong with the preset."""
+    try:
+        return presets.expand(value), []
+    except UserError as error:
+        return value, [_standing(fault, place(_split(fault.path or "phases"))) for fault in error.faults]
+
+
+def _split(path: str) -> Keys:
+    return tuple(int(part) if part.isdigit() else part for part in patches.split_path(path))
+
+
+def _within_preset(place: Place, value: Any) -> Place:
+    """Return where a path of the expanded document comes from: whatever a preset wrote stands at the preset."""
+    phases = value.get("phases") if isinstance(value, dict) else None
+    if not isinstance(phases, dict):
+        return place
+    (name,) = phases
+    given = value.get("groups") or {}
+
+    def within(path: Keys) -> Fault:
+        made = path[:1] == ("phases",) and len(path) > 1
+        made = made or (path[:1] == ("groups",) and len(path) > 1 and path[1] not in given)
+        if not made:
+            return place(path)
+        at = place(("phases", str(name)))
+        return replace(at, path=at.path or yaml.path_text(("phases", str(name), *path[1:])))
+
+    return within
 
 
 def _check_patch(path: str, source: str) -> None:

@@ -11,19 +11,22 @@ from robustlayers.attacks import label
 from robustlayers.core.quantities import pixels_text
 from robustlayers.selection import Partition, Selection, resolve
 from robustlayers.study.begin import start_text
-from robustlayers.study.plan import SCHEMA, ArmPlan, PhaseNode, Plan
-from robustlayers.study.schema import Recipe
-from robustlayers.study.semantics import (
-    build_attack,
-    build_model,
+from robustlayers.study.phases import (
+    build_ascent,
+    build_average,
     build_optimizer_settings,
+    build_perturbation,
     build_policy,
     build_schedule,
-    data_of,
-    phase_groups,
+    group_texts,
+    input_attack,
+    phase_partition,
     training_attack,
 )
-from robustlayers.training import parse_signal, signal_text
+from robustlayers.study.plan import SCHEMA, ArmPlan, PhaseNode, Plan
+from robustlayers.study.schema import PhaseConfig, Recipe
+from robustlayers.study.semantics import build_attack, data_of, model_for_checks
+from robustlayers.training import parse_signal
 
 __all__ = ["describe_plan"]
 
@@ -33,7 +36,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     study = plan.study
     first = plan.arms[0].recipe
     dataset, train, validation, test = data_of(first.data)
-    model = build_model(first.model, dataset, 0)
+    model = model_for_checks(first.model, dataset)
     everything = resolve(Partition(model, {"all": "rest"}).inventory, "all")
     norms = _norm_parameters(everything)
     attacks = [build_attack(what, first.threat) for what in first.evaluate.attacks]
@@ -91,22 +94,26 @@ def _norm_parameters(everything: Selection) -> int:
 
 def _arm(plan: Plan, arm: ArmPlan) -> dict[str, Any]:
     dataset = data_of(arm.recipe.data)[0]
-    model = build_model(arm.recipe.model, dataset, 0)
+    model = model_for_checks(arm.recipe.model, dataset)
     nodes = [plan.nodes[key] for key in arm.nodes]
     phases = [_phase(model, node) for node in nodes]
-    # Of the recipe's last phase: an arm that leaves it out trains nothing there, whatever came before.
-    groups = phases[-1]["groups"]
-    total = sum(group["parameters"] for group in groups)
-    trained = sum(group["parameters"] for group in groups if group["signal"] != "frozen")
-    if arm.recipe.phases[-1].epochs == 0:
-        trained = 0
+    # Of the recipe's last phase that trains: an arm that leaves it out trains nothing there, whatever came before.
+    training = [phase for phase in arm.recipe.phases if phase.kind == "train"]
+    total = trained = 0
+    if training:
+        last = training[-1]
+        signals = {group: parse_signal(signal) for group, signal in last.train.items()}
+        partition = phase_partition(model, arm.recipe, last)
+        total = sum(selection.parameters for selection in partition.groups.values())
+        trained = sum(partition[group].parameters for group, signal in signals.items() if signal)
+        trained = 0 if last.skipped else trained
     return {
         "name": arm.name,
         "levels": dict(arm.definition.levels),
         "run": arm.run,
         "nodes": list(arm.nodes),
         "trained_parameters": trained,
-        "trained_share": trained / total,
+        "trained_share": trained / max(1, total),
         "forward_passes": sum(node.forward_passes for node in nodes),
         "backward_passes": sum(node.backward_passes for node in nodes),
         "phases": phases,
@@ -115,24 +122,28 @@ def _arm(plan: Plan, arm: ArmPlan) -> dict[str, Any]:
 
 def _phase(model: Any, node: PhaseNode) -> dict[str, Any]:
     phase, recipe = node.phase, node.recipe
-    partition = Partition(model, phase_groups(recipe, phase))
-    attack = training_attack(phase.attack or recipe.attack, recipe.threat)
-    schedule = build_schedule(phase.schedule)
+    partition = phase_partition(model, recipe, phase)
+    attack = input_attack(recipe, phase)
+    texts = group_texts(phase, partition.selectors, start_text)
     return {
         "name": phase.name,
         "id": node.id,
-        "epochs": phase.epochs,
-        "attack": attack.describe() if node.adversarial else "",
-        "optimizer": f"{build_optimizer_settings(phase.optimizer)}, {schedule.name} schedule, batch {phase.batch_size}",
-        "normalization": str(build_policy(phase.normalization)),
+        "kind": phase.kind,
+        "epochs": node.epochs,
+        "length": f"{phase.steps} steps" if phase.steps is not None else f"{node.epochs}",
+        "attack": "" if attack is None else attack.describe(),
+        "optimizer": _optimizer(phase),
+        "extras": _extras(phase),
+        "normalization": str(build_policy(phase.normalization)) if phase.kind == "train" else "",
         "forward_passes": node.forward_passes,
         "backward_passes": node.backward_passes,
+        "step_passes": list(node.step_passes),
         "shared_with": len(node.arms),
         "groups": [
             {
                 "name": group,
                 "selector": partition.selectors[group],
-                "signal": signal_text(parse_signal(phase.train[group])),
+                "signal": texts[group],
                 "start": start_text(phase.start.get(group, "keep")),
                 "tensors": [list(line) for line in selection.describe()],
                 "parameters": selection.parameters,
@@ -142,3 +153,34 @@ def _phase(model: Any, node: PhaseNode) -> dict[str, Any]:
             for group, selection in partition.groups.items()
         ],
     }
+
+
+def _optimizer(phase: PhaseConfig) -> str:
+    if phase.kind != "train":
+        return f"none, batch {phase.batch_size}" if phase.kind == "recalibrate" else "none"
+    settings, schedule = build_optimizer_settings(phase.optimizer), build_schedule(phase.schedule)
+    return f"{settings}, {schedule.name} schedule, batch {phase.batch_size}"
+
+
+def _extras(phase: PhaseConfig) -> list[str]:
+    """Return what a phase does beyond the ordinary, each in words."""
+    if phase.kind != "train":
+        return []
+    extras = [f"{group} learns from {begin:g} to {end:g} of the phase" for group, (begin, end) in phase.windows.items()]
+    perturbation, ascent, average = (
+        build_perturbation(phase.perturbation),
+        build_ascent(phase.ascent),
+        build_average(phase.average),
+    )
+    if perturbation.name != "constant":
+        extras.append(f"eps: {perturbation}")
+    if ascent is not None:
+        extras.append(f"ascent: {ascent.describe()}")
+    if average is not None:
+        extras.append(f"average: {average}")
+    if phase.stop is not None:
+        metric = (
+            "accuracy that chooses the best epoch" if phase.stop.metric == "auto" else f"{phase.stop.metric} accuracy"
+        )
+        extras.append(f"stops after {phase.stop.patience} epoch(s) without a rise of the validation {metric}")
+    return extras

@@ -41,7 +41,7 @@ def measure_run(
     attacks = {label(attack): attack for attack in (build_attack(a, recipe.threat) for a in recipe.evaluate.attacks)}
     trained = store.phase(nodes[-1].id, seed)
     curve = read_json(trained / "curve.json")
-    epochs = {"best": curve["best_epoch"], "last": nodes[-1].first_epoch + nodes[-1].phase.epochs}
+    epochs = {"best": curve["best_epoch"], "last": curve["points"][-1]["epoch"]}
     points = {point["epoch"]: point for point in curve["points"]}
     model = build_model(recipe.model, dataset, seed).to(device)
     rows: list[dict[str, Any]] = []

@@ -7,25 +7,31 @@ with all defaults filled in. Arms with an equal prefix of phases therefore name 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from robustlayers.attacks import PGD
 from robustlayers.core.identity import digest
+from robustlayers.selection import selector_content
 from robustlayers.study.begin import start_content
 from robustlayers.study.definition import ArmDefinition, Study
+from robustlayers.study.phases import (
+    build_trainer,
+    input_attack,
+    needs_attack,
+    phase_content,
+    phase_epochs,
+    phase_groups,
+)
 from robustlayers.study.schema import PhaseConfig, Recipe
 from robustlayers.study.semantics import (
-    NamedAttack,
     attack_label,
     build_attack,
     data_of,
     load_data,
-    model_options,
-    phase_groups,
-    training_attack,
+    model_for_checks,
+    model_identity,
 )
-from robustlayers.training import OBJECTIVES, parse_signal
+from robustlayers.training import parse_signal
 
 __all__ = ["SCHEMA", "ArmPlan", "PhaseNode", "Plan", "make_plan"]
 
@@ -42,16 +48,19 @@ class PhaseNode:
     recipe: Recipe  # of the first arm that needs it
     phase: PhaseConfig
     first_epoch: int  # epochs of earlier phases
+    epochs: int  # of this phase, the last of which may be cut short
     earlier: Mapping[str, str]  # name -> id of earlier phases, which starts may name
     arms: tuple[str, ...]
     images: int  # training images
-    forward_passes: int  # of single images, whole phase, one seed
+    forward_passes: int  # of single images, whole phase, one seed; a phase that stops early makes fewer
     backward_passes: int
+    step_passes: tuple[int, int]  # of an ordinary step
+    kept: tuple[int, ...] = ()  # epochs whose state later phases rewind to
 
     @property
     def adversarial(self) -> bool:
         """Whether any group learns from an adversarial pass."""
-        return _needs_attack(self.phase)
+        return needs_attack(self.phase)
 
     @property
     def select(self) -> str:
@@ -102,71 +111,57 @@ def make_plan(study: Study) -> Plan:
     nodes: dict[str, PhaseNode] = {}
     arms: list[ArmPlan] = []
     for definition in study.arms:
-        chain: list[str] = []
-        parent: str | None = None
-        first_epoch = 0
-        earlier: dict[str, str] = {}
+        chain: list[PhaseNode] = []
         for phase in definition.recipe.phases:
-            if phase.epochs == 0:
+            if phase.skipped:
                 continue
-            node = _node(definition, phase, parent, first_epoch, dict(earlier))
+            node = _node(definition, phase, chain, nodes)
             if node.id in nodes:
-                known = nodes[node.id]
-                node = PhaseNode(**{**vars(known), "arms": (*known.arms, definition.name)})
+                node = replace(nodes[node.id], arms=(*nodes[node.id].arms, definition.name))
             nodes[node.id] = node
-            chain.append(node.id)
-            earlier[phase.name] = node.id
-            parent = node.id
-            first_epoch += phase.epochs
-        arms.append(ArmPlan(definition, tuple(chain), _run(definition.recipe, chain[-1])))
+            chain.append(node)
+            for epoch in _rewinds(phase):
+                owner = next((n for n in chain if n.first_epoch < epoch < n.first_epoch + n.epochs), None)
+                if owner is not None:
+                    kept = tuple(sorted({*nodes[owner.id].kept, epoch}))
+                    nodes[owner.id] = replace(nodes[owner.id], kept=kept)
+        ids = tuple(node.id for node in chain)
+        arms.append(ArmPlan(definition, ids, _run(definition.recipe, ids[-1])))
     return Plan(study, nodes, tuple(arms))
 
 
-def _needs_attack(phase: PhaseConfig) -> bool:
-    objectives = {name for signal in phase.train.values() for name in parse_signal(signal)}
-    return any("adversarial" in OBJECTIVES[name].passes for name in objectives)
+def _rewinds(phase: PhaseConfig) -> list[int]:
+    starts = (*phase.start.values(), *phase.assign.values())
+    return [start.rewind for start in starts if not isinstance(start, str) and start.rewind is not None]
 
 
 def _select(recipe: Recipe, phase: PhaseConfig) -> str:
     """Natural training is chosen by what it trains for: by robust accuracy its best epoch would be its worst one."""
     chosen = recipe.evaluate.monitor.select
-    return chosen if chosen != "auto" else "robust" if _needs_attack(phase) else "clean"
+    return chosen if chosen != "auto" else "robust" if needs_attack(phase) else "clean"
 
 
-def _attack(attack: NamedAttack) -> dict[str, Any]:
-    """Return what decides an attack, its step as a number: another default one day must not pass for the same run."""
-    resolved = {"step_size": attack.step} if isinstance(attack, PGD) else {}
-    return {**asdict(attack), **resolved, "kind": type(attack).__name__}
-
-
-def _settings(phase: PhaseConfig) -> dict[str, Any]:
-    """Return the plain settings of a phase; options that came later count only where they are used."""
-    settings = phase.model_dump(mode="json", exclude={"train", "attack", "start"})
-    for key, default in (("decay", "all"), ("groups", {})):
-        if settings["optimizer"][key] == default:
-            del settings["optimizer"][key]
-    return settings
+def _attack(attack: Any) -> dict[str, Any]:
+    return attack.identity()
 
 
 def _node(
-    definition: ArmDefinition, phase: PhaseConfig, parent: str | None, first_epoch: int, earlier: Mapping[str, str]
+    definition: ArmDefinition, phase: PhaseConfig, chain: list[PhaseNode], known: Mapping[str, PhaseNode]
 ) -> PhaseNode:
     recipe = definition.recipe
-    adversarial = _needs_attack(phase)
-    attack = training_attack(phase.attack or recipe.attack, recipe.threat)
-    groups = {
-        group: [selector.strip(), dict(parse_signal(phase.train[group]))]
-        for group, selector in phase_groups(recipe, phase).items()
-    }
+    parent = chain[-1] if chain else None
     monitor = recipe.evaluate.monitor
     watching = build_attack(monitor.attack, recipe.threat)
+    groups = phase_groups(recipe, phase)
     content: dict[str, Any] = {
         "schema": SCHEMA,
-        "parent": parent,
+        "parent": None if parent is None else parent.id,
         "phase": {
-            **_settings(phase),
-            "groups": groups,
-            "attack": _attack(attack) if adversarial else None,
+            **phase_content(recipe, phase, _attack),
+            "groups": {
+                group: [selector_content(selector), dict(parse_signal(phase.train.get(group, "frozen")))]
+                for group, selector in groups.items()
+            },
         },
         "monitor": {
             "attack": _attack(watching),
@@ -178,32 +173,47 @@ def _node(
     starts = {group: start_content(start) for group, start in phase.start.items()}
     if any(start != "keep" for start in starts.values()):
         content["start"] = {group: start for group, start in starts.items() if start != "keep"}
+    if phase.assign:
+        content["set"] = {group: start_content(start) for group, start in phase.assign.items()}
     dataset, train, _, _ = data_of(recipe.data)
     if parent is None:
         content["data"] = {
             **recipe.data.model_dump(mode="json", exclude={"name", "test_images"}),
             "digest": dataset.digest,
         }
-        content["model"] = {"name": recipe.model.name, "options": model_options(recipe.model, dataset)}
-    objectives = {name for signal in phase.train.values() for name in parse_signal(signal)}
-    forward = len({pass_name for name in objectives for pass_name in OBJECTIVES[name].passes})
-    backward = len(objectives)
-    if adversarial:
-        forward += getattr(attack, "forward_passes", 0)
-        backward += getattr(attack, "backward_passes", 0)
-    images = len(train) * phase.epochs
+        content["model"] = model_identity(recipe.model, dataset)
+    name = digest(content, 16)
+    if name in known:
+        return known[name]
+    forward, backward, step = _passes(recipe, phase)
     return PhaseNode(
-        id=digest(content, 16),
-        parent=parent,
+        id=name,
+        parent=None if parent is None else parent.id,
         recipe=recipe,
         phase=phase,
-        first_epoch=first_epoch,
-        earlier=earlier,
+        first_epoch=0 if parent is None else parent.first_epoch + parent.epochs,
+        epochs=phase_epochs(phase, len(train)),
+        earlier={node.phase.name: node.id for node in chain},
         arms=(definition.name,),
         images=len(train),
-        forward_passes=forward * images,
-        backward_passes=backward * images,
+        forward_passes=forward,
+        backward_passes=backward,
+        step_passes=step,
     )
+
+
+def _passes(recipe: Recipe, phase: PhaseConfig) -> tuple[int, int, tuple[int, int]]:
+    """Return the passes of single images of a whole phase, forward and backward, and those of an ordinary step."""
+    dataset, train, _, _ = data_of(recipe.data)
+    if phase.kind == "set":
+        return 0, 0, (0, 0)
+    if phase.kind == "recalibrate":
+        attack = input_attack(recipe, phase)
+        one = 1 + getattr(attack, "forward_passes", 0)
+        two = getattr(attack, "backward_passes", 0)
+        return one * len(train), two * len(train), (one, two)
+    trainer = build_trainer(model_for_checks(recipe.model, dataset), recipe, phase, train)
+    return *trainer.passes(), trainer.step.passes_per_batch()
 
 
 def _run(recipe: Recipe, last: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from robustlayers.core.device import machine, pick_device, versions
-from robustlayers.core.files import write_json, write_text
+from robustlayers.core.files import MANIFEST, write_json, write_text
 from robustlayers.study.describe import describe_plan
 from robustlayers.study.local import Event, Task, execute
 from robustlayers.study.measure import measure_run
@@ -152,9 +152,11 @@ def _tasks(plan: Plan, store: Store, device: torch.device) -> tuple[list[Task], 
             folder = store.phase(node.id, seed)
             who = node.arms[0] if len(node.arms) == 1 else f"{len(node.arms)} arms"
             outcome.texts[key] = f"{who}, seed {seed}, {node.phase.name}"
-            if store.finished(folder):
+            if store.finished(folder) and all((folder / f"epoch-{epoch}.safetensors").exists() for epoch in node.kept):
                 done += size
                 continue
+            if (folder / MANIFEST).exists():  # it lacks an epoch that a later phase rewinds to
+                store.set_aside(folder)
             failure = store.failure(folder)
             parent = f"train {node.parent} {seed}"
             if (failure and failure[0] == "diverged") or parent in blocked:
@@ -164,7 +166,7 @@ def _tasks(plan: Plan, store: Store, device: torch.device) -> tuple[list[Task], 
             needs = (parent,) if parent in pending else ()
             add(
                 Task(key, train_phase, (store, node, seed, device), needs, size),
-                Job(key, outcome.texts[key], size, node.phase.epochs),
+                Job(key, outcome.texts[key], size, node.epochs),
             )
         for arm in {arm.run: arm for arm in plan.arms}.values():
             key = f"measure {arm.run} {seed}"
@@ -195,7 +197,7 @@ def plan_size(plan: Plan) -> float:
 def _training_size(node: PhaseNode) -> float:
     recipe = node.recipe
     monitor = build_attack(recipe.evaluate.monitor.attack, recipe.threat)
-    images = 2 * min(recipe.evaluate.monitor.images, node.images) * node.phase.epochs
+    images = 2 * min(recipe.evaluate.monitor.images, node.images) * node.epochs
     return node.forward_passes + node.backward_passes + images * _passes(monitor)
 
 

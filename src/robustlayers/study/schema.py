@@ -23,9 +23,11 @@ __all__ = [
     "NormalizationConfig",
     "OptimizerConfig",
     "PhaseConfig",
+    "RecalibrateConfig",
     "Recipe",
     "ScheduleConfig",
     "StartConfig",
+    "StopConfig",
     "StudyConfig",
     "ThreatConfig",
     "TrainingConfig",
@@ -121,14 +123,38 @@ class NormalizationConfig(_Closed):
     craft: SwitchConfig = SwitchConfig(by="running", update=False)
     clean: SwitchConfig = SwitchConfig()
     adversarial: SwitchConfig = SwitchConfig()
+    ascent: SwitchConfig = Field(
+        default=SwitchConfig(update=False), description="passes at weights that an ascent has perturbed"
+    )
+
+
+class ScheduleConfig(_Closed):
+    """How the learning rate changes over a phase."""
+
+    name: Literal["constant", "cosine", "cyclic", "linear", "one-cycle", "piecewise"] = "constant"
+    milestones: list[Annotated[Quantity, Field(gt=0, lt=1)]] = Field(
+        default=[0.5, 0.75], description="of piecewise, as fractions of the phase"
+    )
+    factor: Quantity = Field(default=0.1, gt=0, le=1, description="of piecewise")
+    peak: Quantity = Field(default=0.4, gt=0, lt=1, description="of one-cycle and cyclic, as a fraction of a cycle")
+    warmup: Quantity = Field(
+        default=0.0, ge=0, lt=1, description="linear rise at the start, as a fraction of the phase"
+    )
+    cycles: int = Field(default=1, ge=1, description="of cyclic")
 
 
 class GroupOptimizerConfig(_Closed):
     """What one group does otherwise; left out: as the rest does."""
 
     lr: Quantity | None = Field(default=None, gt=0)
+    scale: Quantity | None = Field(default=None, gt=0, description="in the place of lr, a multiple of the phase's rate")
     momentum: Quantity | None = Field(default=None, ge=0, lt=1)
+    nesterov: bool | None = None
     weight_decay: Quantity | None = Field(default=None, ge=0)
+    clip: Quantity | None = Field(default=None, gt=0, description="bound on the norm of this group's gradient")
+    every: int | None = Field(default=None, ge=1, description="update on every so many steps")
+    drift: bool | None = Field(default=None, description="spread each update evenly over those steps")
+    schedule: ScheduleConfig | None = None
 
 
 class OptimizerConfig(_Closed):
@@ -143,6 +169,13 @@ class OptimizerConfig(_Closed):
     decay: Literal["all", "weights"] = Field(
         default="all", description="what weight decay reaches; weights: neither norm layers nor biases"
     )
+    clip: Quantity | None = Field(
+        default=None, gt=0, description="bound on the norm of the gradient of all groups without a clip of their own"
+    )
+    rates: Literal["fixed", "rgn"] = Field(
+        default="fixed", description="of layers; rgn: by relative gradient norm, measured every epoch"
+    )
+    rates_batches: int = Field(default=5, ge=1, description="batches that layer rates are measured on")
     groups: dict[str, GroupOptimizerConfig] = Field(
         default={}, description="group of the phase -> what it does otherwise"
     )
@@ -152,20 +185,6 @@ class OptimizerConfig(_Closed):
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum of more than 0")
         return self
-
-
-class ScheduleConfig(_Closed):
-    """How the learning rate changes over a phase."""
-
-    name: Literal["constant", "cosine", "linear", "one-cycle", "piecewise"] = "constant"
-    milestones: list[Annotated[Quantity, Field(gt=0, lt=1)]] = Field(
-        default=[0.5, 0.75], description="of piecewise, as fractions of the phase"
-    )
-    factor: Quantity = Field(default=0.1, gt=0, le=1, description="of piecewise")
-    peak: Quantity = Field(default=0.4, gt=0, lt=1, description="of one-cycle, as a fraction of the phase")
-    warmup: Quantity = Field(
-        default=0.0, ge=0, lt=1, description="linear rise at the start, as a fraction of the phase"
-    )
 
 
 class TrainingConfig(_Closed):
@@ -178,24 +197,113 @@ class TrainingConfig(_Closed):
 
 
 class StartConfig(BaseModel):
-    """A start that needs a source: `{load: FILE}`, with `map: {old: new}` for names, or `{from: PHASE}`."""
+    """A start that needs a source: a file, an earlier phase, an earlier epoch, or a run in another study's folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
     load: str | None = Field(default=None, description="a safetensors file with the group's tensors")
     map: dict[str, str] = Field(default={}, description="names, or dotted prefixes, in the file -> in the model")
-    phase: str | None = Field(default=None, alias="from", description="an earlier phase, or initial")
+    phase: str | None = Field(
+        default=None, alias="from", description="an earlier phase, or initial; with run: its phase"
+    )
+    rewind: int | None = Field(
+        default=None, ge=0, description="the epoch, over all phases, at whose end the group was so"
+    )
+    run: str | None = Field(default=None, description="the folder of another study's results, for the same seed")
+    arm: str | None = Field(default=None, description="with run: its arm; not needed where there is one")
+    checkpoint: Literal["best", "last"] = Field(default="last", description="of from and run")
+    mix: Quantity = Field(
+        default=1.0, gt=0, le=1, description="share of the source; the rest stays: (1 - mix) own + mix source"
+    )
+
+
+class RecalibrateConfig(_Closed):
+    """Running statistics estimated anew on training images, while nothing else moves."""
+
+    select: str = Field(default="norm", description="the norm layers whose statistics are estimated")
+    on: Literal["clean", "adversarial", "noise"] = Field(
+        default="clean", description="inputs; noise: uniform in the ball of the threat"
+    )
+    momentum: Quantity | None = Field(
+        default=None, gt=0, le=1, description="of a moving average; none: each batch weighs the same"
+    )
+
+
+class StopConfig(_Closed):
+    """When a phase ends before its time: after `patience` epochs in which a validation metric has not risen."""
+
+    patience: int = Field(ge=1)
+    metric: Literal["auto", "robust", "clean"] = Field(
+        default="auto", description="auto: the one that chooses the best"
+    )
+    least: Quantity = Field(default=0.0, ge=0, description="a rise counts from so much on, as a share of the images")
 
 
 class PhaseConfig(TrainingConfig):
-    """A stretch of training in which each group of tensors has one signal."""
+    """A stretch of training in which each group of tensors has one signal; or a change of tensors without training."""
 
     name: Named
-    epochs: int = Field(ge=0, description="0 leaves the phase out")
+    epochs: int | None = Field(default=None, ge=0, description="0 leaves the phase out")
+    steps: int | None = Field(default=None, ge=1, description="the length in steps, in the place of epochs")
     train: dict[str, str | dict[str, Quantity]] = Field(
-        min_length=1, description="group -> signal; a group is a name from `groups` or a selector"
+        default={}, description="group -> signal; a group is a name from `groups` or a selector"
+    )
+    recalibrate: RecalibrateConfig | None = Field(default=None, description="instead of train")
+    assign: dict[str, str | StartConfig] = Field(
+        default={}, alias="set", description="instead of train: group -> where its values come from"
     )
     start: dict[str, str | StartConfig] = Field(default={}, description="group -> where it begins; keep unless given")
     attack: str | Options | None = Field(default=None, description="of the adversarial pass; the study's unless given")
+    windows: dict[str, list[Quantity]] = Field(
+        default={}, description="group -> [begin, end], the part of the phase in which it learns, in fractions"
+    )
+    perturbation: str | Options | None = Field(default=None, description="schedule of the attack's eps")
+    ascent: str | Options | None = Field(
+        default=None, description="perturbs weights before each gradient: awp, sam, ..."
+    )
+    average: str | Options | None = Field(default=None, description="the phase's result is an average of its weights")
+    stop: StopConfig | None = Field(default=None, description="end before the time is up")
+
+    @property
+    def kind(self) -> Literal["train", "recalibrate", "set"]:
+        """What the phase does."""
+        return "recalibrate" if self.recalibrate is not None else "set" if self.assign else "train"
+
+    @property
+    def skipped(self) -> bool:
+        """Whether an arm leaves the phase out."""
+        return self.epochs == 0
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> PhaseConfig:
+        kinds = [
+            key
+            for key, given in (
+                ("train", self.train),
+                ("recalibrate", self.recalibrate is not None),
+                ("set", self.assign),
+            )
+            if given
+        ]
+        if len(kinds) > 1:
+            raise ValueError(f"{' and '.join(kinds)} exclude each other; make them phases of their own")
+        if not kinds:
+            raise ValueError("key 'train' is missing")
+        if self.kind == "train":
+            if self.epochs is None and self.steps is None:
+                raise ValueError("key 'epochs' is missing")
+            if self.epochs is not None and self.steps is not None:
+                raise ValueError("epochs and steps exclude each other; give one of them")
+            return self
+        idle = [
+            key
+            for key in ("steps", "start", "windows", "perturbation", "ascent", "average", "stop")
+            if getattr(self, key)
+        ]
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: only a phase with train takes this, and it has {self.kind}")
+        if self.epochs not in (None, 0, 1):
+            raise ValueError(f"epochs: {self.epochs} is not allowed with {self.kind}; allowed: 0 or 1")
+        return self
 
 
 class MonitorConfig(_Closed):

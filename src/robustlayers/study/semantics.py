@@ -10,48 +10,41 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, cast
 
+from torch import nn
+
 from robustlayers import attacks, models
 from robustlayers.core.errors import Fault, UserError
 from robustlayers.core.identity import canonical
 from robustlayers.data import Dataset, Images, load, split
-from robustlayers.models import Network
-from robustlayers.normalization import NormPolicy, Switch
-from robustlayers.selection import Partition
+from robustlayers.models.factory import build_factory, check_factory, factory_digest, fit_options, is_factory
+from robustlayers.normalization.recalibration import Recalibration
+from robustlayers.selection import Selection
 from robustlayers.study.faults import Faults
-from robustlayers.study.schema import (
-    DataConfig,
-    ModelConfig,
-    NormalizationConfig,
-    OptimizerConfig,
-    PhaseConfig,
-    Recipe,
-    ScheduleConfig,
-    ThreatConfig,
+from robustlayers.study.phases import (
+    build_ascent,
+    build_average,
+    build_optimizer_settings,
+    build_perturbation,
+    build_policy,
+    input_attack,
+    phase_partition,
+    training_attack,
 )
+from robustlayers.study.schema import DataConfig, ModelConfig, PhaseConfig, Recipe, ThreatConfig
 from robustlayers.study.validate import Place
-from robustlayers.training import (
-    GroupSettings,
-    OptimizerSettings,
-    PartialStep,
-    Schedule,
-    build_optimizer,
-    parse_signal,
-)
+from robustlayers.training import Average, PartialStep, build_optimizer, check_windows, parse_signal
 
 __all__ = [
     "attack_label",
     "build_attack",
     "build_model",
-    "build_optimizer_settings",
-    "build_policy",
-    "build_schedule",
     "build_threat",
     "data_of",
     "load_data",
+    "model_for_checks",
+    "model_identity",
     "model_options",
-    "phase_groups",
     "recipe_faults",
-    "training_attack",
 ]
 
 
@@ -68,48 +61,9 @@ def build_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> NamedAt
     return cast(NamedAttack, attacks.parse(what, build_threat(threat)))
 
 
-def training_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> NamedAttack:
-    """Return an attack as trained with: PGD keeps the last iterate unless told otherwise, which saves a forward."""
-    options: dict[str, Any] = {"name": what} if isinstance(what, str) else dict(what)
-    attack = build_attack(options, threat)
-    if isinstance(attack, attacks.PGD) and attack.restarts == 1 and "keep" not in options:
-        attack = build_attack({**options, "keep": "last"}, threat)
-    return attack
-
-
 def attack_label(what: str | Mapping[str, Any], threat: ThreatConfig) -> str:
     """Return the short name under which rows and claims know an attack."""
     return attacks.label(build_attack(what, threat))
-
-
-def build_policy(config: NormalizationConfig) -> NormPolicy:
-    """Return the norm policy of a phase."""
-    return NormPolicy(
-        craft=Switch(config.craft.by, config.craft.update),
-        clean=Switch(config.clean.by, config.clean.update),
-        adversarial=Switch(config.adversarial.by, config.adversarial.update),
-    )
-
-
-def build_optimizer_settings(config: OptimizerConfig) -> OptimizerSettings:
-    """Return the optimizer's settings of a phase."""
-    first, second = config.betas
-    groups = {name: GroupSettings(own.lr, own.momentum, own.weight_decay) for name, own in config.groups.items()}
-    return OptimizerSettings(
-        config.name,
-        config.lr,
-        config.momentum,
-        config.weight_decay,
-        config.nesterov,
-        (first, second),
-        config.decay,
-        groups,
-    )
-
-
-def build_schedule(config: ScheduleConfig) -> Schedule:
-    """Return the schedule of a phase."""
-    return Schedule(config.name, tuple(config.milestones), config.factor, config.peak, config.warmup)
 
 
 @lru_cache(maxsize=2)
@@ -130,34 +84,49 @@ def data_of(config: DataConfig) -> tuple[Dataset, Images, Images, Images]:
 
 def model_options(config: ModelConfig, dataset: Dataset) -> dict[str, Any]:
     """Return every option of the model; channels and classes come from the data unless they are given."""
-    fitted = {"channels": dataset.train.images.shape[1], "classes": len(dataset.classes), **config.options}
-    return models.resolve(config.name, fitted)
+    facts = {"channels": dataset.train.images.shape[1], "classes": len(dataset.classes)}
+    if is_factory(config.name):
+        return fit_options(config.name, facts, config.options)
+    return models.resolve(config.name, {**facts, **config.options})
 
 
-def build_model(config: ModelConfig, dataset: Dataset, seed: int) -> Network:
+def model_identity(config: ModelConfig, dataset: Dataset) -> dict[str, Any]:
+    """Return what decides a model: for a factory the content of its source file too."""
+    options = model_options(config, dataset)
+    extra = {"digest": factory_digest(config.name, options)} if is_factory(config.name) else {}
+    return {"name": config.name, "options": options, **extra}
+
+
+def build_model(config: ModelConfig, dataset: Dataset, seed: int) -> nn.Module:
     """Return the model of a recipe, initialized from a seed."""
-    return models.build(config.name, seed=seed, **model_options(config, dataset))
+    options = model_options(config, dataset)
+    if is_factory(config.name):
+        return build_factory(config.name, options, seed=seed)
+    return models.build(config.name, seed=seed, **options)
+
+
+def model_for_checks(config: ModelConfig, dataset: Dataset) -> nn.Module:
+    """Return the model of a recipe from seed 0, made once and never trained."""
+    return _model_for_checks(config.name, canonical(config.options), dataset.digest, dataset)
 
 
 @lru_cache(maxsize=4)
-def _model_for_checks(name: str, options: str) -> Network:
-    return models.build(name, seed=0, **json.loads(options))
+def _model_for_checks(name: str, options: str, digest: str, dataset: Dataset) -> nn.Module:
+    return build_model(ModelConfig(name=name, **json.loads(options)), dataset, 0)
 
 
-def phase_groups(recipe: Recipe, phase: PhaseConfig) -> dict[str, str]:
-    """Return group -> selector of a phase: names from `groups` are looked up, other keys are selectors themselves."""
-    return {group: recipe.groups.get(group, group) for group in phase.train}
+def recipe_faults(recipe: Recipe, place: Place, trust: bool = False) -> list[Fault]:
+    """Return what is wrong with a recipe that fits the schema: every fault at the place where it was written.
 
-
-def recipe_faults(recipe: Recipe, place: Place) -> list[Fault]:
-    """Return what is wrong with a recipe that fits the schema: every fault at the place where it was written."""
+    A model that an importable function makes is a fault without `trust`, since naming it runs its code.
+    """
     found = Faults(place)
     if recipe.threat.norm == "linf" and recipe.threat.eps > 1:
         text = f"{recipe.threat.eps:g} is not allowed; allowed: at most 1, in pixel units of [0, 1]; write 8/255"
         found.add(text, "threat", "eps")
     _check_attacks(recipe, found)
     _check_names(recipe, found)
-    if not any(phase.epochs for phase in recipe.phases):
+    if all(phase.skipped for phase in recipe.phases):
         found.add("no phase has an epoch: nothing would be trained", "phases")
     _check_signals(recipe, found)
     dataset = None
@@ -165,8 +134,16 @@ def recipe_faults(recipe: Recipe, place: Place) -> list[Fault]:
         dataset = load_data(recipe.data.name)
     if dataset is not None:
         _check_data(recipe, dataset, found)
-    if _check_model(recipe, dataset, found) and dataset is not None:
-        _check_groups(recipe, dataset, found)
+    if is_factory(recipe.model.name):
+        if not trust:
+            text = f"{recipe.model.name} is code that would be run; add --trust if you trust it"
+            found.add(text, "model", "name")
+            return found.faults
+        right = dataset is not None and _check_factory(recipe, dataset, found)
+    else:
+        right = _check_model(recipe, dataset, found)
+    if right and dataset is not None:
+        _check_phases(recipe, dataset, found)
     return found.faults
 
 
@@ -236,6 +213,18 @@ def _check_model(recipe: Recipe, dataset: Dataset | None, found: Faults) -> bool
     return not faults
 
 
+def _check_factory(recipe: Recipe, dataset: Dataset, found: Faults) -> bool:
+    """Note what is wrong with a factory; return whether the model can be built."""
+    known = len(found.faults)
+    with found.at("model", "name"):
+        options = model_options(recipe.model, dataset)
+        for fault in check_factory(recipe.model.name, options):
+            found.add(fault.message, "model", *((fault.path,) if fault.path else ("name",)))
+        if len(found.faults) == known:
+            model_for_checks(recipe.model, dataset)
+    return len(found.faults) == known
+
+
 def _check_signals(recipe: Recipe, found: Faults) -> None:
     for index, phase in enumerate(recipe.phases):
         for group, signal in phase.train.items():
@@ -243,16 +232,49 @@ def _check_signals(recipe: Recipe, found: Faults) -> None:
                 parse_signal(signal)
 
 
-def _check_groups(recipe: Recipe, dataset: Dataset, found: Faults) -> None:
-    model = _model_for_checks(recipe.model.name, canonical(model_options(recipe.model, dataset)))
-    attack = build_attack("fgsm", recipe.threat)  # a stand-in: the phase's own is checked elsewhere
+def _check_phases(recipe: Recipe, dataset: Dataset, found: Faults) -> None:
+    model = model_for_checks(recipe.model, dataset)
     for index, phase in enumerate(recipe.phases):
         known = len(found.faults)
+        if phase.recalibrate is not None:
+            with found.at("phases", index, "recalibrate"):
+                _check_statistics(model, recipe, phase)
+            continue
+        if phase.assign:
+            with found.at("phases", index, "set"):
+                phase_partition(model, recipe, phase)
+            continue
         with found.at("phases", index, "train"):
-            partition = Partition(model, phase_groups(recipe, phase))
+            partition = phase_partition(model, recipe, phase)
             if any(path[:3] == ("phases", index, "train") for path in found.paths[:known]):
                 continue  # without its signals there is no step to check
+            attack = build_attack("fgsm", recipe.threat)  # a stand-in: the phase's own is checked elsewhere
             policy = build_policy(phase.normalization)
             step = PartialStep(model, partition, phase.train, optimizer=None, attack=attack, policy=policy)
             with found.at("phases", index, "optimizer"):
                 build_optimizer(partition, step.signals, build_optimizer_settings(phase.optimizer))
+            with found.at("phases", index, "windows"):
+                for group, window in phase.windows.items():
+                    if len(window) != 2:
+                        raise UserError(f"window of {group!r} has {len(window)} numbers; write [begin, end]")
+                check_windows(step.signals, {group: (w[0], w[1]) for group, w in phase.windows.items()})
+            with found.at_option(phase.perturbation or {}, "phases", index, "perturbation"):
+                build_perturbation(phase.perturbation)
+            with found.at_option(phase.ascent or {}, "phases", index, "ascent"):
+                ascent = build_ascent(phase.ascent)
+                PartialStep(model, partition, phase.train, optimizer=None, attack=attack, policy=policy, ascent=ascent)
+            with found.at_option(phase.average or {}, "phases", index, "average"):
+                average = build_average(phase.average)
+                if average is not None:
+                    Average(partition.inventory, average)
+                    if average.on == "adversarial" and input_attack(recipe, phase) is None:
+                        raise UserError("recalibrating on adversarial inputs needs a group that learns from them")
+            if phase.stop is not None and not recipe.data.validation:
+                found.add("0 leaves no validation images, by which a phase could stop", "data", "validation")
+
+
+def _check_statistics(model: nn.Module, recipe: Recipe, phase: PhaseConfig) -> Selection:
+    partition = phase_partition(model, recipe, phase)
+    selection = partition["statistics"]
+    Recalibration(model, selection)
+    return selection

@@ -1,10 +1,11 @@
-"""Training one phase for one seed: killed at any moment, it goes on after its last finished epoch, to the same bits."""
+"""One phase for one seed: killed at any moment, it goes on from where it was last saved, to the same bits."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,31 +14,28 @@ from torch import nn
 from robustlayers.core.errors import UserError
 from robustlayers.core.files import file_digest, read_json, read_tensors, write_json, write_tensors
 from robustlayers.core.random import stream
-from robustlayers.data import Augment, Images
+from robustlayers.data import Images
 from robustlayers.evaluation import worst_case
-from robustlayers.study.begin import begin
+from robustlayers.study.begin import Ends, begin
+from robustlayers.study.changes import Changed, Recalibrated
 from robustlayers.study.local import Stopped
+from robustlayers.study.phases import build_trainer
 from robustlayers.study.plan import PhaseNode
-from robustlayers.study.schema import Recipe
-from robustlayers.study.semantics import (
-    build_attack,
-    build_model,
-    build_optimizer_settings,
-    build_policy,
-    build_schedule,
-    data_of,
-    phase_groups,
-    training_attack,
-)
+from robustlayers.study.schema import PhaseConfig, Recipe
+from robustlayers.study.semantics import build_attack, build_model, data_of
 from robustlayers.study.store import Store
-from robustlayers.training import Diverged, PhaseTrainer
+from robustlayers.training import Diverged, PhaseTrainer, snapshot
 
-__all__ = ["Report", "train_phase"]
+__all__ = ["Report", "stops", "train_phase"]
 
 Report = Callable[[str, Mapping[str, Any]], None]
 """`report("batch" | "epoch" | "measured", facts)`"""
 
 _RESUME = ".resume.json"
+_STRIDE = 50  # steps between looks at the clock
+_SAVE_SECONDS = 60.0  # a long epoch is saved so often
+
+_Work = PhaseTrainer | Recalibrated | Changed
 
 
 def train_phase(store: Store, node: PhaseNode, seed: int, device: torch.device, report: Report) -> None:
@@ -58,48 +56,56 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
     folder = store.phase(node.id, seed)
     dataset, train, validation, _ = data_of(recipe.data)
     model = build_model(recipe.model, dataset, seed)
-    ends = {name: store.phase(key, seed) / "last.safetensors" for name, key in node.earlier.items()}
     if node.parent is not None:
         model.load_state_dict(read_tensors(store.phase(node.parent, seed) / "last.safetensors"))
-    begin(model, recipe, phase, seed, node.first_epoch, ends)
-    model.to(device)
-    augment = recipe.data.augment
-    trainer = PhaseTrainer(
-        model,
-        phase_groups(recipe, phase),
-        phase.train,
-        train.to(device),
-        epochs=phase.epochs,
-        attack=training_attack(phase.attack or recipe.attack, recipe.threat),
-        batch_size=phase.batch_size,
-        optimizer=build_optimizer_settings(phase.optimizer),
-        schedule=build_schedule(phase.schedule),
-        policy=build_policy(phase.normalization),
-        augment=Augment(augment.crop, augment.flip),
-        seed=seed,
-        first_epoch=node.first_epoch,
-        device=device,
-    )
-    record = _resume(store, trainer, folder)
+    if phase.kind == "set":
+        before = snapshot(model)
+        begin(model, recipe, phase, seed, node.first_epoch, _ends(store, node, seed))
+        work: _Work = Changed(node, model.to(device), before)
+    else:
+        begin(model, recipe, phase, seed, node.first_epoch, _ends(store, node, seed))
+        model.to(device)
+        if phase.kind == "recalibrate":
+            work = Recalibrated(node, model, train.to(device), seed)
+        else:
+            work = build_trainer(
+                model, recipe, phase, train.to(device), seed=seed, first_epoch=node.first_epoch, device=device
+            )
+    record = _resume(store, work, folder)
     monitor = _Monitor(recipe, node.select, train, validation, device)
-    while trainer.done < trainer.epochs:
-        log = trainer.train_epoch(lambda done, of: report("batch", {"done": done, "of": of, "epoch": trainer.done}))
+    saved = time.monotonic()
+
+    def progress(done: int, of: int) -> None:
+        report("batch", {"done": done, "of": of, "epoch": work.done})
+
+    while work.done < work.epochs and not stops(phase, node.select, record["curve"]):
+        log = work.run(steps=_STRIDE, progress=progress)
+        if log is None:
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                _save(work, folder, record)
+                saved = time.monotonic()
+            continue
         began = time.perf_counter()
-        point = {"epoch": log.epoch, "phase": phase.name, **monitor(model), "train_loss": log.loss}
-        record["curve"].append(point)
-        record["seconds"] += log.seconds
-        record["monitor_seconds"] += time.perf_counter() - began
-        record["forward_passes"] += log.forward_passes
-        record["backward_passes"] += log.backward_passes
-        record["epoch_seconds"].append(log.seconds)
-        score = monitor.score(point)
-        if record["best"] is None or score > record["best"]["score"]:
-            record["best"] = {"epoch": log.epoch, "score": score, "file": f".best-{log.epoch}.safetensors"}
-            write_tensors(folder / record["best"]["file"], model.state_dict())
-        _save(trainer, folder, record)
-        report("epoch", {**point, "done": trainer.done, "of": trainer.epochs, "seconds": log.seconds})
-    ledger = trainer.verify()
-    write_tensors(folder / "last.safetensors", model.state_dict())
+        with work.result() as result:
+            point = {"epoch": log.epoch, "phase": phase.name, **monitor(result), "train_loss": log.loss}
+            record["curve"].append(point)
+            record["seconds"] += log.seconds
+            record["monitor_seconds"] += time.perf_counter() - began
+            record["forward_passes"] += log.forward_passes
+            record["backward_passes"] += log.backward_passes
+            record["epoch_seconds"].append(log.seconds)
+            score = monitor.score(point)
+            if record["best"] is None or score > record["best"]["score"]:
+                record["best"] = {"epoch": log.epoch, "score": score, "file": f".best-{log.epoch}.safetensors"}
+                write_tensors(folder / record["best"]["file"], result.state_dict())
+            if log.epoch in node.kept:
+                write_tensors(folder / f"epoch-{log.epoch}.safetensors", result.state_dict())
+        _save(work, folder, record)
+        saved = time.monotonic()
+        report("epoch", {**point, "done": work.done, "of": work.epochs, "seconds": log.seconds})
+    ledger = work.verify()
+    with work.result() as result:
+        write_tensors(folder / "last.safetensors", result.state_dict())
     write_tensors(folder / "best.safetensors", read_tensors(folder / record["best"]["file"]))
     write_json(folder / "curve.json", {"points": record["curve"], "best_epoch": record["best"]["epoch"]})
     write_json(
@@ -115,17 +121,35 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
     store.finish(folder, kind="phase", id=node.id, seed=seed)
 
 
-def _resume(store: Store, trainer: PhaseTrainer, folder: Any) -> dict[str, Any]:
-    """Load the state after the last finished epoch, if there is one that is whole, and return its record."""
+def _ends(store: Store, node: PhaseNode, seed: int) -> Ends:
+    """Return where the states that the phase may start from lie."""
+    folders = {name: store.phase(key, seed) for name, key in node.earlier.items()}
+
+    def epoch(number: int) -> Path:
+        begun = [f for f in folders.values() if read_json(f / "curve.json")["points"][0]["epoch"] <= number]
+        found = begun[-1]
+        kept = found / f"epoch-{number}.safetensors"
+        return kept if kept.exists() else found / "last.safetensors"  # its last epoch, or it stopped before
+
+    return Ends(
+        {name: (folder / "best.safetensors", folder / "last.safetensors") for name, folder in folders.items()}, epoch
+    )
+
+
+def _resume(store: Store, work: _Work, folder: Path) -> dict[str, Any]:
+    """Load the state that was saved last, if there is one that is whole, and return its record."""
     path = folder / _RESUME
     if path.exists():
         with suppress(UserError, LookupError, TypeError):  # the record itself is damaged
             record = read_json(path)
             state = folder / record["state"]
-            best = folder / record["best"]["file"]
+            best = record["best"]
             whole = state.exists() and file_digest(state) == record["state_sha256"]
-            if whole and best.exists() and file_digest(best) == record["best"]["sha256"]:
-                trainer.load_state(read_tensors(state), record["epochs_done"])
+            if best is not None:
+                file = folder / best["file"]
+                whole = whole and file.exists() and file_digest(file) == best["sha256"]
+            if whole:
+                work.load_state(read_tensors(state))
                 return record
         store.set_aside(folder)  # a damaged state is never trained on; the phase starts anew
     return {
@@ -139,16 +163,32 @@ def _resume(store: Store, trainer: PhaseTrainer, folder: Any) -> dict[str, Any]:
     }
 
 
-def _save(trainer: PhaseTrainer, folder: Any, record: dict[str, Any]) -> None:
-    """Write the state after an epoch, then the record that points to it, then drop what no record points to."""
-    state = f".state-{trainer.done}.safetensors"
-    write_tensors(folder / state, trainer.state())
-    record["best"]["sha256"] = file_digest(folder / record["best"]["file"])
-    record.update(state=state, state_sha256=file_digest(folder / state), epochs_done=trainer.done)
+def _save(work: _Work, folder: Path, record: dict[str, Any]) -> None:
+    """Write the present state, then the record that points to it, then drop what no record points to."""
+    state = f".state-{work.place}.safetensors"
+    write_tensors(folder / state, work.state())
+    kept = {state}
+    if record["best"] is not None:
+        record["best"]["sha256"] = file_digest(folder / record["best"]["file"])
+        kept.add(record["best"]["file"])
+    record.update(state=state, state_sha256=file_digest(folder / state))
     write_json(folder / _RESUME, record)
     for old in (*folder.glob(".state-*.safetensors"), *folder.glob(".best-*.safetensors")):
-        if old.name not in (state, record["best"]["file"]):
+        if old.name not in kept:
             old.unlink()
+
+
+def stops(phase: PhaseConfig, select: str, curve: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a phase with these points ends early: no rise of its metric in the last `patience` epochs."""
+    if phase.stop is None or len(curve) <= phase.stop.patience:
+        return False
+    metric = select if phase.stop.metric == "auto" else phase.stop.metric
+    values = [float(point[f"validation_{metric}"] or 0.0) for point in curve]
+    best, since = values[0], 0
+    for value in values[1:]:
+        rose = value > best + phase.stop.least
+        best, since = (value, 0) if rose else (best, since + 1)
+    return since >= phase.stop.patience
 
 
 class _Monitor:

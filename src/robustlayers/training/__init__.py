@@ -2,8 +2,10 @@
 
 from robustlayers.training.ascent import Ascent, parse_ascent, perturbation, perturbed, stationary
 from robustlayers.training.ascent_rules import ASCENTS
+from robustlayers.training.averaging import AVERAGES, Average, AverageSettings
 from robustlayers.training.clipping import clip_gradients
-from robustlayers.training.ledger import GroupChange, compare, snapshot
+from robustlayers.training.ledger import GroupChange, check_promises, compare, snapshot
+from robustlayers.training.mixing import interpolate, swap
 from robustlayers.training.multirate import Multirate, due
 from robustlayers.training.objectives import FROZEN, OBJECTIVES, Objective, Signal, parse_signal, signal_text
 from robustlayers.training.optimizers import (
@@ -17,22 +19,28 @@ from robustlayers.training.optimizers import (
     optimizer_tensors,
     owners,
 )
+from robustlayers.training.program import PERTURBATIONS, Perturbation, Program, check_windows
 from robustlayers.training.rates import apply_rates, average_norms, relative_gradient_norms
 from robustlayers.training.schedules import SCHEDULES, Schedule
 from robustlayers.training.starts import STARTS, concerned, copy_entries, start_group
-from robustlayers.training.step import Gradients, PartialStep, StepLog
+from robustlayers.training.step import Gradients, PartialStep, StepLog, Turn
 from robustlayers.training.trainer import Diverged, EpochLog, PhaseTrainer
+from robustlayers.training.update import Update
 
 __all__ = [
     "ASCENTS",
+    "AVERAGES",
     "DECAYS",
     "FROZEN",
     "OBJECTIVES",
     "OPTIMIZERS",
+    "PERTURBATIONS",
     "RATES",
     "SCHEDULES",
     "STARTS",
     "Ascent",
+    "Average",
+    "AverageSettings",
     "Diverged",
     "EpochLog",
     "Gradients",
@@ -42,18 +50,25 @@ __all__ = [
     "Objective",
     "OptimizerSettings",
     "PartialStep",
+    "Perturbation",
     "PhaseTrainer",
+    "Program",
     "Schedule",
     "Signal",
     "StepLog",
+    "Turn",
+    "Update",
     "apply_rates",
     "average_norms",
     "build_optimizer",
+    "check_promises",
+    "check_windows",
     "clip_gradients",
     "compare",
     "concerned",
     "copy_entries",
     "due",
+    "interpolate",
     "load_optimizer",
     "optimizer_tensors",
     "owners",
@@ -66,4 +81,5 @@ __all__ = [
     "snapshot",
     "start_group",
     "stationary",
+    "swap",
 ]

@@ -7,17 +7,18 @@ gradient or moved, and something did move (a group that holds only buffers: at l
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from robustlayers.core.errors import Fault, UserError
 from robustlayers.selection.partition import Partition
 from robustlayers.selection.selection import Selection
 from robustlayers.training.objectives import Signal, signal_text
 
-__all__ = ["GroupChange", "compare", "snapshot"]
+__all__ = ["GroupChange", "check_promises", "compare", "snapshot"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,20 @@ def compare(
         )
         for group, selection in partition.groups.items()
     ]
+
+
+def check_promises(ledger: Sequence[GroupChange]) -> None:
+    """Raise `UserError` with the tensors that broke a promise, if there are any."""
+    faults = [
+        Fault(
+            f"group {change.group!r} was promised {'frozen' if change.signal == 'frozen' else 'trained'}, but "
+            f"{', '.join(change.broken[:4])} {'moved' if change.signal == 'frozen' else 'did not move'}"
+        )
+        for change in ledger
+        if not change.kept
+    ]
+    if faults:
+        raise UserError(faults)
 
 
 def _change(

@@ -26,9 +26,9 @@ def interpolate(
     """Move the selected entries to (1 - share) own + share source, in place; return the names of the tensors.
 
     share 0 changes nothing and share 1 copies, both in every bit. Variances are interpolated linearly, like means: the
-    weighted statistics of Schneider et al. 2020 (section 3) with share = n / (N + n), not the variance of the mixture of
-    both distributions, which is larger by share (1 - share) (difference of the means)^2. Integers, which are counters, are
-    the source's from share 1/2 on. Halves are interpolated in float32.
+    weighted statistics of Schneider et al. 2020 with share = n / (N + n), not the variance of the mixture of both
+    distributions, which is larger by share (1 - share) (difference of the means)^2. Integers, which are counters, are the
+    source's from share 1/2 on.
 
     `source` is tensor name -> value, under any name that the model has for the tensor; `what` names it in messages. A
     counter or another buffer besides running mean and variance that it lacks stays as it is. Entries outside of the
@@ -132,9 +132,7 @@ def _between(own: Tensor, source: Tensor, share: float) -> Tensor:
         return source
     if not own.is_floating_point():
         return source if share >= 0.5 else own
-    if own.dtype in (torch.float16, torch.bfloat16):
-        return own.float().lerp(source.float(), share).to(own.dtype)
-    return own.lerp(source, share)
+    return own.lerp(source, share)  # torch computes halves in float32
 
 
 def _live(entry: Entry) -> Tensor:

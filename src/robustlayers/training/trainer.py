@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustlayers.core.errors import Fault, UserError
+from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream, stream_seed
 from robustlayers.data import Augment, Images, batch_sizes, batches
 from robustlayers.normalization.policy import NormPolicy
@@ -33,7 +33,7 @@ from robustlayers.selection.inventory import is_norm
 from robustlayers.selection.partition import Partition
 from robustlayers.training.ascent import Ascent
 from robustlayers.training.averaging import Average, AverageSettings
-from robustlayers.training.ledger import GroupChange, compare, snapshot
+from robustlayers.training.ledger import GroupChange, check_promises, compare, snapshot
 from robustlayers.training.optimizers import OptimizerSettings
 from robustlayers.training.program import Perturbation, Program, Window
 from robustlayers.training.rates import apply_rates, average_norms, relative_gradient_norms
@@ -354,16 +354,8 @@ class PhaseTrainer:
     def verify(self) -> list[GroupChange]:
         """Return the ledger; a broken promise raises `UserError` with the tensors' names."""
         ledger = self.ledger()
-        faults = [
-            Fault(
-                f"group {change.group!r} was promised {'frozen' if change.signal == 'frozen' else 'trained'}, but "
-                f"{', '.join(change.broken[:4])} {'moved' if change.signal == 'frozen' else 'did not move'}"
-            )
-            for change in ledger
-            if not change.kept
-        ]
-        if faults and self.done:
-            raise UserError(faults)
+        if self.done or self.within:
+            check_promises(ledger)
         return ledger
 
 

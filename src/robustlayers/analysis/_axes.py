@@ -1,0 +1,48 @@
+"""Axes to draw an analysis on: a figure without global state, and colors that every kind of color vision tells apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["GRAY", "INK", "MARKERS", "SERIES", "axes_or_new", "by_depth", "dots"]
+
+# Okabe and Ito's palette, as in the report, which exchanges these very colors for those of the reader's scheme.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+GRAY, INK = "#66707b", "#1b2026"
+
+
+def axes_or_new(axes: Axes | None, width: float, height: float) -> Axes:
+    """Return the given axes, or those of a new figure of `width` x `height` inches; `axes.figure` saves it."""
+    if axes is not None:
+        return axes
+    from matplotlib.figure import Figure  # takes long to import, and most uses never draw
+
+    return Figure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def by_depth(count: int) -> list[Any]:
+    """Return `count` colors that get lighter with depth, for lines in order of execution."""
+    from matplotlib import colormaps
+
+    return [colormaps["cividis"](0.9 * place / max(1, count - 1)) for place in range(count)]
+
+
+def dots(axes: Axes, names: list[str], series: dict[str, list[float]], label: str) -> Axes:
+    """Draw one line of dots for each name, from the top down: a marker for each series, joined where there are two."""
+    places = range(len(names))
+    if len(series) == 2:
+        one, two = series.values()
+        axes.hlines(list(places), one, two, color=GRAY, linewidth=1)
+    for place, (name, values) in enumerate(series.items()):
+        axes.plot(values, list(places), MARKERS[place], color=SERIES[place], markersize=6, linestyle="", label=name)
+    axes.axvline(0, color=GRAY, linewidth=0.8)
+    axes.set_yticks(list(places), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    return axes

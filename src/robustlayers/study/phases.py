@@ -1,0 +1,274 @@
+"""From a phase of a study file to the objects of the lower layers: settings, groups, and the trainer that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from math import ceil
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from robustlayers import attacks
+from robustlayers.core.errors import UserError, one_of
+from robustlayers.data import Augment, Images, batch_count
+from robustlayers.normalization import NormPolicy, Switch
+from robustlayers.selection import Inventory, Partition, resolve
+from robustlayers.study.schema import (
+    GroupOptimizerConfig,
+    NormalizationConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    Recipe,
+    ScheduleConfig,
+    ThreatConfig,
+)
+from robustlayers.training import (
+    OBJECTIVES,
+    Ascent,
+    AverageSettings,
+    GroupSettings,
+    OptimizerSettings,
+    Perturbation,
+    PhaseTrainer,
+    Schedule,
+    parse_ascent,
+    parse_signal,
+)
+
+__all__ = [
+    "build_ascent",
+    "build_average",
+    "build_optimizer_settings",
+    "build_perturbation",
+    "build_policy",
+    "build_schedule",
+    "build_trainer",
+    "group_texts",
+    "input_attack",
+    "needs_attack",
+    "phase_epochs",
+    "phase_groups",
+    "phase_partition",
+    "training_attack",
+]
+
+Made = TypeVar("Made")
+
+
+def training_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> Any:
+    """Return an attack as trained with: PGD keeps the last iterate unless told otherwise, which saves a forward."""
+    options: dict[str, Any] = {"name": what} if isinstance(what, str) else dict(what)
+    bound = attacks.Threat(threat.norm, threat.eps)
+    attack = attacks.parse(options, bound)
+    if isinstance(attack, attacks.PGD) and attack.restarts == 1 and "keep" not in options:
+        attack = attacks.parse({**options, "keep": "last"}, bound)
+    return attack
+
+
+def needs_attack(phase: PhaseConfig) -> bool:
+    """Tell whether a phase crafts adversarial images."""
+    if phase.recalibrate is not None:
+        return phase.recalibrate.on == "adversarial"
+    objectives = {name for signal in phase.train.values() for name in parse_signal(signal)}
+    return any("adversarial" in OBJECTIVES[name].passes for name in objectives)
+
+
+def input_attack(recipe: Recipe, phase: PhaseConfig) -> Any | None:
+    """Return what makes the inputs of a phase from images: its training attack, noise, or None for clean inputs."""
+    if phase.recalibrate is not None and phase.recalibrate.on == "noise":
+        return attacks.parse("noise", attacks.Threat(recipe.threat.norm, recipe.threat.eps))
+    return training_attack(phase.attack or recipe.attack, recipe.threat) if needs_attack(phase) else None
+
+
+def build_policy(config: NormalizationConfig) -> NormPolicy:
+    """Return the norm policy of a phase."""
+    return NormPolicy(
+        craft=Switch(config.craft.by, config.craft.update),
+        clean=Switch(config.clean.by, config.clean.update),
+        adversarial=Switch(config.adversarial.by, config.adversarial.update),
+        ascent=Switch(config.ascent.by, config.ascent.update),
+    )
+
+
+def build_optimizer_settings(config: OptimizerConfig) -> OptimizerSettings:
+    """Return the optimizer's settings of a phase."""
+    first, second = config.betas
+    return OptimizerSettings(
+        name=config.name,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+        betas=(first, second),
+        decay=config.decay,
+        groups={name: _group_settings(own) for name, own in config.groups.items()},
+        clip=config.clip,
+        rates=config.rates,
+        rates_batches=config.rates_batches,
+    )
+
+
+def _group_settings(own: GroupOptimizerConfig) -> GroupSettings:
+    plain = {name: getattr(own, name) for name in type(own).model_fields if name != "schedule"}
+    return GroupSettings(**plain, schedule=None if own.schedule is None else build_schedule(own.schedule))
+
+
+def build_schedule(config: ScheduleConfig) -> Schedule:
+    """Return the schedule of a phase."""
+    return Schedule(
+        config.name, tuple(config.milestones), config.factor, config.peak, config.warmup, cycles=config.cycles
+    )
+
+
+def build_ascent(value: str | Mapping[str, Any] | None) -> Ascent | None:
+    """Return the ascent of a phase with every default filled in."""
+    return None if value is None else parse_ascent(value).resolved()
+
+
+def build_perturbation(value: str | Mapping[str, Any] | None) -> Perturbation:
+    """Return the schedule of a phase's eps."""
+    return Perturbation() if value is None else _settings(Perturbation, value, "perturbation schedule")
+
+
+def build_average(value: str | Mapping[str, Any] | None) -> AverageSettings | None:
+    """Return the average of a phase's weights."""
+    return None if value is None else _settings(AverageSettings, value, "average")
+
+
+def _settings(kind: Callable[..., Made], value: str | Mapping[str, Any], what: str) -> Made:
+    """Return settings from a name, or from a mapping with a name."""
+    options = {"name": value} if isinstance(value, str) else dict(value)
+    allowed = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
+    for key in options:
+        if key not in allowed:
+            raise UserError(one_of(f"setting of the {what}", str(key), allowed))
+    if not isinstance(options.get("name"), str):
+        raise UserError(f"the {what} needs a name")
+    return kind(**options)
+
+
+def phase_epochs(phase: PhaseConfig, images: int) -> int:
+    """Return the number of epochs of a phase, the last of which may be cut short; a change of tensors counts as one."""
+    if phase.kind != "train":
+        return 1 if phase.epochs is None else phase.epochs
+    return phase.epochs if phase.steps is None else ceil(phase.steps / batch_count(images, phase.batch_size))  # pyright: ignore[reportReturnType]
+
+
+def phase_groups(recipe: Recipe, phase: PhaseConfig) -> dict[str, str]:
+    """Return group -> selector of a phase: names from `groups` are looked up, other keys are selectors themselves.
+
+    A phase that recalibrates or sets tensors has a group for them; what is left is added by `phase_partition`.
+    """
+    if phase.recalibrate is not None:
+        select = recipe.groups.get(phase.recalibrate.select, phase.recalibrate.select)
+        return {"statistics": f"({select}) & norm.statistics"}
+    return {group: recipe.groups.get(group, group) for group in phase.train or phase.assign}
+
+
+def phase_partition(model: nn.Module, recipe: Recipe, phase: PhaseConfig) -> Partition:
+    """Return the phase's groups bound to a model."""
+    groups = phase_groups(recipe, phase)
+    if phase.kind != "train" and "rest" not in groups.values():
+        inventory = Inventory(model)
+        held = sum(
+            selection.parameters + selection.buffers for selection in (resolve(inventory, s) for s in groups.values())
+        )
+        if held < sum(entry.size for entry in inventory):
+            groups["rest"] = "rest"
+    return Partition(model, groups)
+
+
+def group_texts(phase: PhaseConfig, groups: Mapping[str, str], start_text: Callable[[Any], str]) -> dict[str, str]:
+    """Return what a phase does with each group, in words."""
+    from robustlayers.training import signal_text
+
+    if phase.kind == "train":
+        return {group: signal_text(parse_signal(signal)) for group, signal in phase.train.items()}
+    if phase.recalibrate is not None:
+        own = phase.recalibrate
+        how = "" if own.momentum is None else f", momentum {own.momentum:g}"
+        return {group: f"recalibrated on {own.on}{how}" if group == "statistics" else "frozen" for group in groups}
+    return {group: f"set: {start_text(phase.assign[group])}" if group in phase.assign else "frozen" for group in groups}
+
+
+def build_trainer(
+    model: nn.Module,
+    recipe: Recipe,
+    phase: PhaseConfig,
+    images: Images,
+    *,
+    seed: int = 0,
+    first_epoch: int = 0,
+    device: torch.device | str = "cpu",
+) -> PhaseTrainer:
+    """Return the trainer of a phase that trains."""
+    augment = recipe.data.augment
+    return PhaseTrainer(
+        model,
+        phase_groups(recipe, phase),
+        phase.train,
+        images,
+        epochs=phase.epochs,
+        steps=phase.steps,
+        attack=input_attack(recipe, phase),
+        batch_size=phase.batch_size,
+        optimizer=build_optimizer_settings(phase.optimizer),
+        schedule=build_schedule(phase.schedule),
+        policy=build_policy(phase.normalization),
+        augment=Augment(augment.crop, augment.flip),
+        windows={group: (begin, end) for group, (begin, end) in phase.windows.items()},
+        perturbation=build_perturbation(phase.perturbation),
+        ascent=build_ascent(phase.ascent),
+        average=build_average(phase.average),
+        seed=seed,
+        first_epoch=first_epoch,
+        device=device,
+    )
+
+
+def phase_content(recipe: Recipe, phase: PhaseConfig, attack: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return what decides a phase's result beside its groups and starts; options of a later version count where used."""
+    content = phase.model_dump(
+        mode="json",
+        include={"name", "epochs", "batch_size", "optimizer", "schedule", "normalization"},
+    )
+    optimizer, schedule = content["optimizer"], content["schedule"]
+    for key, default in (("decay", "all"), ("groups", {}), ("clip", None), ("rates", "fixed")):
+        if optimizer[key] == default:
+            del optimizer[key]
+    if "rates" not in optimizer:
+        del optimizer["rates_batches"]
+    for own in optimizer.get("groups", {}).values():
+        for key in ("scale", "nesterov", "clip", "every", "drift", "schedule"):
+            if own[key] is None:
+                del own[key]
+            elif key == "schedule":
+                _without_cycles(own[key])
+    _without_cycles(schedule)
+    if content["normalization"]["ascent"] == {"by": "auto", "update": False}:
+        del content["normalization"]["ascent"]
+    if phase.steps is not None:
+        content["steps"] = phase.steps
+    if phase.windows:
+        content["windows"] = {group: list(window) for group, window in phase.windows.items()}
+    perturbation = build_perturbation(phase.perturbation)
+    if perturbation.name != "constant":
+        content["perturbation"] = asdict(perturbation)
+    ascent, average = build_ascent(phase.ascent), build_average(phase.average)
+    if ascent is not None:
+        content["ascent"] = asdict(ascent)
+    if average is not None:
+        content["average"] = asdict(average)
+    if phase.stop is not None:
+        content["stop"] = phase.stop.model_dump(mode="json")
+    if phase.recalibrate is not None:
+        content["recalibrate"] = phase.recalibrate.model_dump(mode="json")
+    made = input_attack(recipe, phase)
+    return {**content, "attack": None if made is None else attack(made)}
+
+
+def _without_cycles(schedule: dict[str, Any]) -> None:
+    if schedule["name"] != "cyclic":
+        del schedule["cycles"]
