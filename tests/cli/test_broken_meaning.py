@@ -22,7 +22,7 @@ TRAIN = "phases.1.train"
 
 CASES = {
     # attacks
-    "attack": (PGD, "pgdd-10", f"10: attack: unknown attack 'pgdd'; nearest: pgd, apgd; {ATTACKS}"),
+    "attack": (PGD, "pgdd-10", f"10: attack: unknown attack 'pgdd'; nearest: pgd, apgd, apgd-t; {ATTACKS}"),
     "attack loss": (
         PGD,
         "pgd-dlrr-3",
@@ -51,12 +51,12 @@ CASES = {
     "attack of a phase": (
         "name: adapt\n",
         "name: adapt\n    attack: pgx-3\n",
-        f"19: phases.1.attack: unknown attack 'pgx'; nearest: pgd, apgd; {ATTACKS}",
+        f"19: phases.1.attack: unknown attack 'pgx'; nearest: pgd, apgd, apgd-t; {ATTACKS}",
     ),
     "attack of the monitor": (
         "attack: pgd-1,",
         "attack: pgd1,",
-        f"33: evaluate.monitor.attack: unknown attack 'pgd1'; nearest: pgd, apgd; {ATTACKS}",
+        f"33: evaluate.monitor.attack: unknown attack 'pgd1'; nearest: pgd, apgd, apgd-t; {ATTACKS}",
     ),
     "attack of the evaluation": (
         "[pgd-3]",
@@ -92,7 +92,7 @@ CASES = {
     "model norm": (
         MODEL,
         "{name: small-cnn, norm: bach}",
-        "8: model.norm: unknown norm 'bach'; nearest: batch; allowed: ...",
+        "8: model.norm: unknown norm 'bach'; nearest: batch...",
     ),
     "channels of other data": (
         MODEL,
@@ -225,7 +225,7 @@ CASES = {
     "start from a later phase": (
         "name: pretrain\n",
         "name: pretrain\n    start: {all: {from: adapt}}\n",
-        "16: phases.0.start.all: unknown earlier phase 'adapt'; allowed: initial",
+        "16: phases.0.start.all: unknown earlier phase 'adapt'; allowed: initial, present",
     ),
     "start from a file": (
         "name: adapt\n",
@@ -235,8 +235,8 @@ CASES = {
     "start in a patch": (
         NONE,
         "{phases.adapt.start: {norm: {from: pretran}}}",
-        """25: factors.group.none."phases.adapt.start".norm: unknown earlier phase 'pretran'; nearest: pretrain; """
-        "allowed: initial, pretrain",
+        """25: factors.group.none."phases.adapt.start".norm: unknown earlier phase 'pretran'; nearest: pretrain, present; """
+        "allowed: initial, present, pretrain",
     ),
     # factors
     "unknown setting": (

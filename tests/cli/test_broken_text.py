@@ -34,7 +34,7 @@ CASES = {
     "unknown phase key": (
         "name: adapt\n",
         "name: adapt\n    learning_rate: 0.1\n",
-        f"19: phases.1.learning_rate: unknown key 'learning_rate'; allowed: {PHASE_KEYS}",
+        f"19: phases.1.learning_rate: unknown key 'learning_rate'; nearest: recalibrate; allowed: {PHASE_KEYS}",
     ),
     "data key": (
         "train_images: 200",
@@ -60,7 +60,7 @@ CASES = {
         LR,
         LR + "  normalization: {crafting: {by: batch}}\n",
         "14: training.normalization.crafting: unknown key 'crafting'; nearest: craft; "
-        "allowed: adversarial, clean, craft",
+        "allowed: adversarial, ascent, clean, craft",
     ),
     "claim key": ("    that:", "    what:", "36: claims.0.what: unknown key 'what'; nearest: that; allowed: say, that"),
     "no question": ("question: Do norm layers alone gain robustness?\n", "", "1: question: key 'question' is missing"),
@@ -68,12 +68,13 @@ CASES = {
     "phases by name": (
         PHASES,
         "phases: {pretrain: {epochs: 1}}\n",
-        "14: phases: a mapping is not allowed; allowed: a list",
+        "14: phases.pretrain: unknown preset 'pretrain'; allowed: bakiskan, frankle, norm-first, norm-last, partial-at, "
+        "walter-a, walter-b; or a list of phases",
     ),
     "no phase": (PHASES, "phases: []\n", "14: phases: must not be empty"),
     "no eps": (", eps: 8/255", "", "9: threat.eps: key 'eps' is missing"),
     "no model name": ("{name: small-cnn, width: 8}", "{width: 8}", "8: model.name: key 'name' is missing"),
-    "no train": ("    train: {all: natural}\n", "", "15: phases.0.train: key 'train' is missing"),
+    "no train": ("    train: {all: natural}\n", "", "15: phases.0: key 'train' is missing"),
     "no phase name": ("  - name: pretrain\n    epochs: 1", "  - epochs: 1", "15: phases.0.name: key 'name' is missing"),
     "no say": ("  - say: norm layers gain\n    that", "  - that", "35: claims.0.say: key 'say' is missing"),
     # numbers

@@ -47,13 +47,13 @@ def test_every_shared_phase_is_trained_once_for_each_seed(
     plan: Plans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: Counter[str] = Counter()
-    original = work.PhaseTrainer.train_epoch
+    original = work.PhaseTrainer.run
 
-    def counting(self: Any, *arguments: Any) -> Any:
+    def counting(self: Any, **arguments: Any) -> Any:
         trained[f"epoch {self.first_epoch + self.done}, seed {self.seed}"] += 1
-        return original(self, *arguments)
+        return original(self, **arguments)
 
-    monkeypatch.setattr(work.PhaseTrainer, "train_epoch", counting)
+    monkeypatch.setattr(work.PhaseTrainer, "run", counting)
     outcome = run_plan(plan(), tmp_path / "out", workers=1, threads=1)
     assert (outcome.trained, outcome.measured) == (6, 6)
     # The first epoch is shared by three arms; the second and third belong to two arms each.
@@ -212,15 +212,15 @@ def test_what_needs_a_diverged_phase_is_left_out_at_once_and_later(workers: int,
 def test_a_task_that_fails_leaves_the_others_alone_and_is_tried_again(
     run: Run, tmp_path: Path, finished: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = work.PhaseTrainer.train_epoch
+    original = work.PhaseTrainer.run
 
-    def broken(self: Any, *arguments: Any) -> Any:
+    def broken(self: Any, **arguments: Any) -> Any:
         if self.seed == 1 and self.done == 1 and self.first_epoch == 1:
             raise RuntimeError("planted")
-        return original(self, *arguments)
+        return original(self, **arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(work.PhaseTrainer, "train_epoch", broken)
+        patch.setattr(work.PhaseTrainer, "run", broken)
         outcome = run()
     assert not outcome.complete and (outcome.trained, outcome.measured) == (4, 4)
     assert sorted(outcome.texts[key] for key in outcome.failed) == ["all, seed 1, adapt", "norm, seed 1, adapt"]

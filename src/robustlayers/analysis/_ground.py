@@ -30,9 +30,11 @@ __all__ = [
     "Quality",
     "attacked",
     "bind_groups",
+    "check_batch_size",
     "finite_row",
     "held",
     "put_back",
+    "right_answers",
     "slices",
 ]
 
@@ -246,7 +248,8 @@ class Bench:
             if recording is None:
                 return Quality(int(clean.sum()) / count, clean_loss)
             right, wrong = (each.nonzero().squeeze(1) for each in (clean, ~clean))
-            total = sum(self._sum(model, part, self.y[right][s].to(device)) for part, s in recording.seen)
+            labels = self.y[right.to(self.y.device)].to(device)
+            total = sum(self._sum(model, part, labels[s]) for part, s in recording.seen)
             for part in slices(len(wrong), self.batch_size):
                 index = wrong[part].to(self.x.device)
                 natural, labels = images(self.x[index], device), self.y[wrong[part].to(self.y.device)].to(device)
@@ -258,6 +261,10 @@ class Bench:
         self.done = begun + self._units
         robust = int(verdicts["robust"].sum()) / count
         return Quality(int(clean.sum()) / count, clean_loss, robust, total / count)
+
+    def skip(self) -> None:
+        """Count a change as done whose result is known."""
+        self.done += len(self.kinds) * self._units
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> float:
         parts = slices(len(x), self.batch_size)
@@ -336,7 +343,7 @@ def check_batch_size(size: object) -> None:
 
 
 @torch.no_grad()
-def right(logits: Tensor, y: Tensor) -> int:
+def right_answers(logits: Tensor, y: Tensor) -> int:
     """Return how many predictions are right."""
     return int(is_correct(logits, y).sum())
 

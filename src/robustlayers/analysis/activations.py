@@ -88,10 +88,9 @@ def layers_of(
         if with_activations:
             chosen |= {seen.owner for seen in found if seen.kind == "activation"}
     elif isinstance(layers, str):
-        if example is not None:
-            order_of(inventory, example)
+        order_of(inventory, inputs(example, model))
         chosen = set()
-        first_names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+        first_names = _names(model)
         for tensor in resolve(inventory, layers):
             for module in inventory.entries[tensor].owners:
                 chosen.add(first_names[id(module)].partition(".parametrizations.")[0])
@@ -278,7 +277,8 @@ def _is_activation(module: nn.Module) -> bool:
 
 def _watched(model: nn.Module, x: Tensor, emit: Callable[[_Seen, Tensor], None], *, operators: bool) -> Any:
     """Run `model` on `x` and report each output of a module or functional activation, once it is there."""
-    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    alone = not any(True for _ in model.children())  # a single layer is its own and only layer
+    names = _names(model)
     inside: list[nn.Module] = []  # whose forwards are running
     calls: dict[str, int] = {}
 
@@ -295,7 +295,7 @@ def _watched(model: nn.Module, x: Tensor, emit: Callable[[_Seen, Tensor], None],
 
     def leave(module: nn.Module, arguments: object, output: object) -> None:
         inside.pop()
-        if module is not model:
+        if module is not model or alone:
             report(names[id(module)], module, _kind(module), output)
 
     def operator(name: str, output: object) -> None:
@@ -309,10 +309,15 @@ def _watched(model: nn.Module, x: Tensor, emit: Callable[[_Seen, Tensor], None],
         if operators:
             stack.enter_context(_Operators(operator))
         # A copy, since a forward may write into its input.
-        output = model(x.clone())
-        if not any(True for _ in model.children()):  # a single layer is its own and only layer
-            report("", model, _kind(model), output)
-        return output
+        return model(x.clone())
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    """Return the first name of each module; that of a model which is a single layer is its class."""
+    names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    if len(names) == 1:
+        names[id(model)] = type(model).__name__
+    return names
 
 
 class _Operators(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""What all attacks share: the protocols, the check of their input, the gradient for the input, the best point so far."""
+"""What all attacks share: the protocols, the check of their input, the gradient for it, the best point so far."""
 
 from __future__ import annotations
 

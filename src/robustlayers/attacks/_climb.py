@@ -52,7 +52,7 @@ def climb(
 
 
 def normalized(slope: Tensor) -> Tensor:
-    """Return each image's gradient divided by the mean of its absolute values; an entry that is not a number is zero."""
+    """Return each image's gradient over the mean of its absolute values; an entry that is not a number is zero."""
     slope = slope.nan_to_num(nan=0.0)
     axes, tiny = tuple(range(1, slope.ndim)), torch.finfo(slope.dtype).tiny
     # Scaled by its largest entry first: a confident network's gradient may be so small that its sum vanishes.

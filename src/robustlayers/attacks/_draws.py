@@ -1,4 +1,4 @@
-"""Random numbers for a batch: from one generator, or from one for each image, so that no image's draws depend on others."""
+"""Random numbers for a batch, from one generator, or from one for each image: then none depends on the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decides an attack, as plain data: a run's identity holds it, so an option that came later must not disturb it."""
+"""What decides an attack, as plain data: runs are named by it, so an option that came later must not disturb it."""
 
 from __future__ import annotations
 

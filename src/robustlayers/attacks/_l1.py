@@ -15,7 +15,7 @@ def project(x_adv: Tensor, x: Tensor, eps: float) -> Tensor:
 
     With d = x_adv - x and r the room in the direction of d, the solution is d' = sign(d) clamp(|d| - t, 0, r), with the
     smallest t >= 0 for which |d'|_1 <= eps. The sum falls piecewise linearly in t, with kinks at |d| - r and |d|, so t
-    is found by sorting these (Croce & Hein 2021, proposition 2.1). `x` is in the box.
+    is found by sorting these (Croce & Hein 2021, "Mind the box"). `x` is in the box.
     """
     wide = torch.float64 if x.device.type != "mps" else torch.float32
     delta, center = (x_adv.to(wide) - x.to(wide)).flatten(1), x.to(wide).flatten(1)
@@ -39,7 +39,7 @@ def steepest(x_adv: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tens
     """Return `x_adv` plus the step of l1 length `step_size` at most that raises a linear function most inside the box.
 
     The entries of the largest gradient go to the end of the box, one after the other, until the length is spent
-    (Croce & Hein 2021, proposition 3.1). Entries without a gradient do not move.
+    (Croce & Hein 2021). Entries without a gradient do not move.
     """
     slope = gradient.nan_to_num(nan=0.0).flatten(1)
     place = x_adv.flatten(1)

@@ -38,7 +38,7 @@ def pattern(side: int) -> Tensor:
     """Return the l2 pattern of norm 1: two blunt pyramids of opposite sign, one above the other, [side, side].
 
     A pyramid over a x b pixels is sum of 1 / k^2 over k from 1 + the distance to its middle, in rows or columns
-    whichever is more, to 1 + half its longer side (Andriushchenko et al. 2020, section 3.2, equation 2).
+    whichever is more, to 1 + half its longer side (Andriushchenko et al. 2020).
     """
     upper = side // 2
     parts = [sign * _pyramid(rows, side) for sign, rows in ((1, upper), (-1, side - upper)) if rows]

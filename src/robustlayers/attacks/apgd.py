@@ -23,6 +23,7 @@ from robustlayers.attacks._ascent import (
 from robustlayers.attacks._draws import Generators, own_generator
 from robustlayers.attacks._goal import Goal, make_goal
 from robustlayers.attacks._identity import identity_of, later
+from robustlayers.attacks._sparse import climb_sparsely, phases
 from robustlayers.attacks.losses import find_loss
 from robustlayers.attacks.threat import Threat
 from robustlayers.core.errors import UserError
@@ -53,19 +54,21 @@ def checkpoints(steps: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class APGD:
-    """Auto-PGD without a step size to choose (Croce & Hein 2020, section 3, algorithm 1), for linf and l2.
+    """Auto-PGD without a step size to choose (Croce & Hein 2020, section 3, algorithm 1).
 
     The step size starts at 2 eps. A step is z = P(x_k + eta * direction), x_(k+1) = P(x_k + 0.75 (z - x_k) + 0.25
     (x_k - x_(k-1))). At each checkpoint, an image whose loss rose in fewer than 75 % of the steps since the last one,
     or whose best loss and step size are both as they were there, halves its step size and goes on from its best
-    point. Decisions are taken image by image.
+    point. Decisions are taken image by image. In l1 the steps are sparse instead, and lead through balls of 3 and 2 eps
+    to that of eps (Croce & Hein 2021, "Mind the box").
 
     `loss` is `ce`, `dlr` or `margin`. The best iterate is returned: misclassified before not, then the higher loss.
     Restarts are nested, as those of `PGD`. With `early_exit`, an image takes no part in further steps and restarts once
     it is misclassified, as in AutoAttack: as many images are broken, at a lower cost on a weak model.
 
-    Cost: steps + 1 forwards and `steps` backwards for each restart. Too weak on its own where gradients are masked, and
-    with `ce` where logits saturate; `dlr` and the targeted `TargetedAPGD` see through a scale of the logits.
+    Cost: steps + 1 forwards (l1: steps + 3) and `steps` backwards for each restart. Too weak on its own where gradients
+    are masked, and with `ce` where logits saturate; `dlr` and the targeted `TargetedAPGD` see through a scale of the
+    logits.
 
     Raises `UserError` for values that are not allowed.
 
@@ -90,12 +93,11 @@ class APGD:
         if find_loss(self.loss).against_clean:
             raise UserError(f"loss {self.loss}: not offered for apgd; allowed: ce, dlr, margin")
         flag("early_exit", self.early_exit)
-        check_norm("apgd", self.threat)
 
     @property
     def forward_passes(self) -> int:
-        """Forward passes for each image."""
-        return (self.steps + 1) * self.restarts
+        """Forward passes for each image; with `early_exit` the most that it can cost."""
+        return forwards(self.threat, self.steps) * self.restarts
 
     @property
     def backward_passes(self) -> int:
@@ -140,10 +142,9 @@ class APGD:
         return best.x.detach()
 
 
-def check_norm(name: str, threat: Threat) -> None:
-    """Raise `UserError` for a norm in which the algorithm is not defined."""
-    if threat.norm not in ("linf", "l2"):
-        raise UserError(f"{name}: not offered for {threat.norm}; allowed: linf, l2; use pgd for {threat.norm}")
+def forwards(threat: Threat, steps: int) -> int:
+    """Return the forward passes of a run: one for each step, and one for the start of each phase."""
+    return steps + (len(phases(steps)) if threat.norm == "l1" else 1)
 
 
 @dataclass
@@ -183,6 +184,9 @@ def climb_by_itself(
     With `rows`, the places of these images in the batch of `best`, images that are broken are left out of the batches
     that follow.
     """
+    if threat.norm == "l1":
+        climb_sparsely(forward, threat, goal, x, start, steps, best, rows)
+        return
     project, checks = threat.projector(x), checkpoints(steps)
     logits, losses, slope = gradient(forward, start, goal.losses)
     best.update(goal, start, logits, losses, rows)

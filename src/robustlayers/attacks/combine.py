@@ -73,7 +73,7 @@ class Transfer:
             return self.attack(self.source, x, y, generator=generator)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class WorstOf:
     """The worst that several attacks in the same threat make of an image: misclassified before not, then the margin.
 

@@ -24,7 +24,7 @@ _NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 @dataclass(frozen=True)
 class FAB:
-    """The targeted fast adaptive boundary attack, FAB-T (Croce & Hein 2020, "Minimally distorted adversarial examples").
+    """The targeted fast adaptive boundary attack, FAB-T (Croce & Hein 2020, "Minimally distorted").
 
     For each of the `targets` likeliest classes beside the label, `steps` steps look for the nearest point at which the
     model decides otherwise; it counts where it is inside the threat. The steps are those of the package `pyautoattack`

@@ -46,7 +46,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Return -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2) for a target class t != y; four or more classes.
 
-    Positive where the target is ahead of the label (Croce & Hein 2020, section 4, equation 7).
+    Positive where the target is ahead of the label (Croce & Hein 2020, section 4).
 
     >>> dlr_targeted(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), torch.tensor([0]), torch.tensor([2]))
     tensor([-0.4000])

@@ -30,17 +30,17 @@ GAUSSIAN = 0.001  # standard deviation of the start of Zhang et al. 2019
 class PGD:
     """Steepest ascent on a loss in ball and box: x' <- P(x' + step * direction), `steps` times, from a random start.
 
-    The direction is the sign of the gradient (linf) or the normalized gradient (l2); P is `threat.project`
-    (Madry et al. 2018, section 2.1).
+    The direction is the sign of the gradient (linf), the normalized gradient (l2), or as in `threat.ascend` (l1); P is
+    `threat.project` (Madry et al. 2018, section 2.1).
 
-    `step_size` is in pixel units and may be written `2/255`; None means 2.5 eps / steps in linf and l1, which reaches the
-    ball's boundary from any start (Madry et al. 2018), and 4 eps / steps in l2: there a random start lies near the boundary and
-    has to be turned along it, and a path of 2.5 eps ends 2 to 5 % short of a linear model's optimum.
+    `step_size` is in pixel units and may be written `2/255`; None means 2.5 eps / steps in linf and l1, which reaches
+    the ball's boundary from any start (Madry et al. 2018), and 4 eps / steps in l2: there a random start lies near the
+    boundary and has to be turned along it, and a path of 2.5 eps ends 2 to 5 % short of a linear model's optimum.
 
     `loss` is `ce`, `margin`, `dlr` or `kl`. `keep="best"` returns, for each image, the best of all iterates of all
-    restarts, the last one included: misclassified before not, then the higher loss; this costs one more forward for each
-    restart. `keep="last"` returns the last iterate. Restarts are nested: the first r of r + 1 restarts see the draws of a
-    run with r, so accuracy never rises with restarts.
+    restarts, the last one included: misclassified before not, then the higher loss; this costs one more forward for
+    each restart. `keep="last"` returns the last iterate. Restarts are nested: the first r of r + 1 restarts see the
+    draws of a run with r, so accuracy never rises with restarts.
 
     `start` is where a random start comes from: `uniform` in the ball, or `gaussian`, the image with noise of standard
     deviation 0.001 (Zhang et al. 2019, for the loss `kl`). With `momentum` m, the direction is that of v <- m v +
@@ -142,7 +142,7 @@ class PGD:
         return ", ".join(parts)
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the attack as plain data, the step as a number; later options only where they are used."""
+        """Return what decides the attack as plain data, the step as a number; later options only where used."""
         return identity_of(self, {"step_size": self.step})
 
     def __call__(

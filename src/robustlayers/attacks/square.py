@@ -29,7 +29,7 @@ _BLOCK = 256  # queries whose draws are made at once: one image's own generator 
 def share(query: int, first: float) -> float:
     """Return the share of an image's pixels that the square of a query covers: `first`, halved at fixed queries.
 
-    Halved after 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 queries (Andriushchenko et al. 2020, section 5),
+    Halved after 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 queries (Andriushchenko et al. 2020),
     whatever the budget, as in AutoAttack's standard: so the first queries of a longer attack are those of a shorter.
 
     >>> share(10, 0.8), share(11, 0.8), share(4500, 0.8)

@@ -12,7 +12,7 @@ from robustlayers.attacks._ascent import Best, Forward, count, differentiating, 
 from robustlayers.attacks._draws import Generators, own_generator
 from robustlayers.attacks._goal import Goal
 from robustlayers.attacks._identity import identity_of
-from robustlayers.attacks.apgd import check_norm, climb_by_itself
+from robustlayers.attacks.apgd import climb_by_itself, forwards
 from robustlayers.attacks.losses import find_loss
 from robustlayers.attacks.threat import Threat
 from robustlayers.core.errors import UserError
@@ -50,14 +50,13 @@ class TargetedAPGD:
         count("steps", self.steps, 1)
         count("targets", self.targets, 1)
         count("restarts", self.restarts, 1)
-        check_norm("apgd-t", self.threat)
         if find_loss(self.loss).toward is None:
             raise UserError(f"loss {self.loss}: not offered for apgd-t; allowed: ce, dlr, margin")
 
     @property
     def forward_passes(self) -> int:
         """Forward passes for each image, at most; one that is broken costs less."""
-        return 1 + self.targets * self.restarts * (self.steps + 1)
+        return 1 + self.targets * self.restarts * forwards(self.threat, self.steps)
 
     @property
     def backward_passes(self) -> int:

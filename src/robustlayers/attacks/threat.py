@@ -90,8 +90,8 @@ class Threat:
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Return `x_adv` moved into the ball around `x`, then into the box.
 
-        For linf and l1 this is the nearest point of both, exact (l1: Croce & Hein 2021, proposition 2.1); for l2 a point
-        of both: the ball's projection, clamped.
+        For linf and l1 this is the nearest point of both, exact (l1: Croce & Hein 2021, "Mind the box"); for l2 a
+        point of both: the ball's projection, clamped.
 
         >>> Linf(0.25).project(torch.tensor([[1.5, 0.4]]), torch.tensor([[0.9, 0.5]]))
         tensor([[1.0000, 0.4000]])
@@ -121,8 +121,8 @@ class Threat:
     def ascend(self, x_adv: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
         """Return `x_adv` after a step of length `step_size` in the direction of steepest ascent for the norm.
 
-        linf: the sign of the gradient; l2: the gradient divided by its norm; l1: the pixels of the largest gradient go to
-        the end of the box one after the other until the length is spent. A zero gradient moves nothing, and an entry
+        linf: the sign of the gradient; l2: the gradient divided by its norm; l1: the pixels of the largest gradient go
+        to the end of the box one after the other until the length is spent. A zero gradient moves nothing, and an entry
         that is not a number counts as zero. `step_size` is a number or one per image, of shape [n, 1, ...]. Nothing is
         projected.
         """

@@ -304,22 +304,14 @@ def _split(path: str) -> Keys:
 
 
 def _within_preset(place: Place, value: Any) -> Place:
-    """Return where a path of the expanded document comes from: whatever a preset wrote stands at the preset."""
-    phases = value.get("phases") if isinstance(value, dict) else None
-    if not isinstance(phases, dict):
-        return place
-    (name,) = phases
-    given = value.get("groups") or {}
+    """Return where a path of the expanded document comes from: what a preset made was written at the preset."""
 
     def within(path: Keys) -> Fault:
-        made = path[:1] == ("phases",) and len(path) > 1
-        made = made or (path[:1] == ("groups",) and len(path) > 1 and path[1] not in given)
-        if not made:
-            return place(path)
-        at = place(("phases", str(name)))
-        return replace(at, path=at.path or yaml.path_text(("phases", str(name), *path[1:])))
+        source = presets.written(value, path)
+        at = place(source)
+        return at if source == path or at.path else replace(at, path=yaml.path_text(source))
 
-    return within
+    return within if isinstance(value, dict) and isinstance(value.get("phases"), dict) else place
 
 
 def _check_patch(path: str, source: str) -> None:

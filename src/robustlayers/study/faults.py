@@ -53,7 +53,8 @@ class _Collect:
                 message, path = rest, (*path, option)
             elif (unknown := _UNKNOWN_OPTION.match(message)) and unknown[1] in self.options:
                 path = (*path, unknown[1])
-            self.faults.add(f"{fault.file}: {message}" if fault.file else message, *path)
+            where = f"{fault.file}:{fault.line}" if fault.line else fault.file
+            self.faults.add(f"{where}: {message}" if where else message, *path)
         return True
 
 

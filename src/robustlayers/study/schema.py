@@ -245,11 +245,11 @@ class PhaseConfig(TrainingConfig):
     epochs: int | None = Field(default=None, ge=0, description="0 leaves the phase out")
     steps: int | None = Field(default=None, ge=1, description="the length in steps, in the place of epochs")
     train: dict[str, str | dict[str, Quantity]] = Field(
-        default={}, description="group -> signal; a group is a name from `groups` or a selector"
+        default={}, min_length=1, description="group -> signal; a group is a name from `groups` or a selector"
     )
     recalibrate: RecalibrateConfig | None = Field(default=None, description="instead of train")
     assign: dict[str, str | StartConfig] = Field(
-        default={}, alias="set", description="instead of train: group -> where its values come from"
+        default={}, min_length=1, alias="set", description="instead of train: group -> where its values come from"
     )
     start: dict[str, str | StartConfig] = Field(default={}, description="group -> where it begins; keep unless given")
     attack: str | Options | None = Field(default=None, description="of the adversarial pass; the study's unless given")

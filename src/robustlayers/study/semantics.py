@@ -87,6 +87,8 @@ def model_options(config: ModelConfig, dataset: Dataset) -> dict[str, Any]:
     facts = {"channels": dataset.train.images.shape[1], "classes": len(dataset.classes)}
     if is_factory(config.name):
         return fit_options(config.name, facts, config.options)
+    if "size" in models.options_of(config.name):  # a net without convolutions is made for one size of images
+        facts["size"] = dataset.train.images.shape[-1]
     return models.resolve(config.name, {**facts, **config.options})
 
 
@@ -203,6 +205,8 @@ def _check_model(recipe: Recipe, dataset: Dataset | None, found: Faults) -> bool
     facts: dict[str, Any] = {}
     if dataset is not None:
         facts = {"channels": dataset.train.shape[0], "classes": len(dataset.classes)}
+        if recipe.model.name in models.names() and "size" in models.options_of(recipe.model.name):
+            facts["size"] = dataset.train.shape[-1]
     faults = models.check(recipe.model.name, {**facts, **own})
     for fault in faults:
         found.add(fault.message, "model", *((fault.path,) if fault.path else ()))

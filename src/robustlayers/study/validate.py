@@ -69,7 +69,7 @@ def _real(error: Any, value: Any) -> Keys:
 def _message(kind: type[BaseModel], path: Keys, value: Any, errors: Sequence[Any]) -> str:
     error = errors[0]
     if error["type"] == "extra_forbidden":
-        return one_of("key", str(path[-1]), _fields(kind, path[:-1]), most=16)
+        return one_of("key", str(path[-1]), _fields(kind, path[:-1]), most=24)
     if error["type"] == "missing":
         return f"key {path[-1]!r} is missing"
     given = _written(value, path, error["input"])

@@ -283,7 +283,9 @@ def _parameter_groups(
 
 def _is_weight(partition: Partition, name: str) -> bool:
     entry = partition.inventory.entries[name]
-    return entry.attribute != "bias" and not any(is_norm(module) for module in entry.owners)
+    # Gains of normalizer-free nets are as the scales of norm layers; those of Fixup are vectors.
+    scales = entry.attribute in ("bias", "gain") or entry.tensor.dim() < 2
+    return not scales and not any(is_norm(module) for module in entry.owners)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:

@@ -47,7 +47,8 @@ def batch_no_affine(norm: nn.Module) -> nn.Module:
     **Carried over.** The running statistics. A conversion of a trained network changes its function: scale and shift are
     gone.
 
-    **Not known.** Whether a final layer without scale makes up for it in depth; deep ResNets keep it only for comparison.
+    **Not known.** How much of batch norm's effect under attack is the statistics' alone; published results are for few
+    architectures.
     """
     return batch_norm_like(plain(norm), affine=False)
 

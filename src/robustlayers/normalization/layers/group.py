@@ -19,7 +19,7 @@ def group_norm(norm: nn.Module, groups: int = 32) -> nn.Module:
 
     **Maths.** y = weight (x - mu) / sqrt(var + eps) + bias; mu, var per image and group, weight and bias per channel.
 
-    **Cost.** 2 c parameters, no state. About as fast as batch norm in training; at test it cannot be folded away.
+    **Cost.** 2 c parameters, no state. Unlike batch norm by running statistics it cannot be folded away for crafting.
 
     **Source.** Wu and He 2018 (arXiv 1803.08494); 32 groups are its default. Xie and Yuille 2020 report that it behaves as
     separate batch norms for clean and adversarial images do.

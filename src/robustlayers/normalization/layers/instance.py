@@ -25,7 +25,7 @@ def instance_norm(norm: nn.Module) -> nn.Module:
     **Carried over.** Scale and shift. After a layer for images it is `InstanceNorm2d`, after `BatchNorm1d`
     `InstanceNorm1d`.
 
-    **Not known.** Whether its robustness in the published comparisons is more than its lower clean accuracy.
+    **Not known.** Numbers under adversarial training: Zhang et al. 2024 (arXiv 2403.19150) compare it in figures only.
     """
     norm = plain(norm)
     make: type[nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d] = nn.InstanceNorm2d

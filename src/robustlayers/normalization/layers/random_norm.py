@@ -53,8 +53,8 @@ class RandomNorm(nn.Module):
     **Cost.** 2 c parameters, 2 c + 1 numbers of state, time of the kind drawn. Robust accuracy means something under
     attacks that average the gradient over draws only (EOT, AutoAttack's `rand`).
 
-    **Source.** Dong et al. 2022, "Random normalization aggregation" (RNA). In its code the caller draws, once for crafting
-    and once for the training forward, for each layer or for the whole network: `held_draws` does the former.
+    **Source.** Dong et al. 2022, "Random normalization aggregation" (RNA). In its code the caller draws before a pass, for
+    each layer or for the whole network: `held_draws` does the former.
 
     **Not known.** Whether each kind has a scale and shift of its own; here all share one, so that only the normalization is
     random.

@@ -28,7 +28,7 @@ class WeightStandardizedConv2d(nn.Conv2d):
 
     **Cost.** One pass over the weights for each forward; no parameters, no state.
 
-    **Source.** Qiao et al. 2019 (arXiv 1903.10520), equation 2. Published code differs in where eps stands and in dividing
+    **Source.** Qiao et al. 2019 (arXiv 1903.10520). Published code differs in where eps stands and in dividing
     by n - 1.
 
     **Not known.** Its effect under adversarial training apart from group norm's; NoFrost's scaled variant is another layer.
