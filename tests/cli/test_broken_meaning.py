@@ -51,7 +51,7 @@ CASES = {
     "attack of a phase": (
         "name: adapt\n",
         "name: adapt\n    attack: pgx-3\n",
-        f"19: phases.1.attack: unknown attack 'pgx'; nearest: pgd, apgd, apgd-t; {ATTACKS}",
+        f"19: phases.1.attack: unknown attack 'pgx'; nearest: pgd, apgd; {ATTACKS}",
     ),
     "attack of the monitor": (
         "attack: pgd-1,",

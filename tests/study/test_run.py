@@ -88,7 +88,7 @@ def test_only_what_is_missing_is_done(override: str, trained: int, measured: int
     assert (outcome.trained, outcome.measured, outcome.complete) == (trained, measured, True)
     assert _times(copy).items() >= before.items()
     rows = collect_rows(Store(copy))
-    assert len({(row.run, row.seed, row.checkpoint, row.metric) for row in rows}) == len(rows)
+    assert len({(row.run, row.seed, row.checkpoint, row.metric, row.phase, row.group) for row in rows}) == len(rows)
 
 
 def test_seeds_and_arms_that_come_later_are_those_of_a_study_that_had_them_at_once(

@@ -62,6 +62,8 @@ def bind_groups(model: nn.Module, groups: Groups, example: Tensor | None = None)
     forward of `example` does not reach come last.
     """
     inventory = Inventory(model)
+    if example is not None:
+        example = images(example, device_of(model, example))
     if isinstance(groups, str):
         return _by_module(inventory, groups, example)
     if example is not None and groups:
@@ -84,7 +86,7 @@ def bind_groups(model: nn.Module, groups: Groups, example: Tensor | None = None)
         faults.append(Fault("there is no group to look at"))
     if faults:
         raise UserError(faults)
-    found |= {name: ~taken for name in rests}
+    found |= dict.fromkeys(rests, ~taken)
     named = {}
     for name, selector in groups.items():
         tensors = () if _divided(found[name]) else tuple(found[name])
@@ -262,9 +264,11 @@ class Bench:
         robust = int(verdicts["robust"].sum()) / count
         return Quality(int(clean.sum()) / count, clean_loss, robust, total / count)
 
-    def skip(self) -> None:
+    def skip(self, what: str) -> None:
         """Count a change as done whose result is known."""
         self.done += len(self.kinds) * self._units
+        if self.progress is not None:
+            self.progress(what, self.done, self.total)
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> float:
         parts = slices(len(x), self.batch_size)
@@ -317,7 +321,8 @@ def attacked(
     check_labels(x, y)
     check_batch_size(batch_size)
     device = device_of(model, x)
-    x, y = images(x, device), y.to(device).long()
+    with torch.inference_mode(False):  # tensors from inference mode could not take part in a backward
+        x, y = (tensor.clone() if tensor.is_inference() else tensor for tensor in (images(x, device), y.to(device).long()))
     if attack is None:
         return x, y
     crafting = crafting_forward(model) if is_own(attack) else model
@@ -333,7 +338,7 @@ def attacked(
                 raise UserError([fault.at(path=label(attack)) for fault in error.faults]) from None
             if report is not None:
                 report(part.stop)
-    return torch.cat(parts).to(x.dtype), y
+        return torch.cat(parts).to(x.dtype), y
 
 
 def check_batch_size(size: object) -> None:

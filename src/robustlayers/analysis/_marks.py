@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from robustlayers.analysis._axes import GRAY
 from robustlayers.analysis.activations import Layer
@@ -42,7 +42,7 @@ def label_layers(axes: Axes, layers: Sequence[Layer], which: str, *, color: str 
     for place, _ in parts:
         if place:
             line(place - 0.5, color=color, linewidth=0.8)
-    vertical = {"rotation": 90} if which == "x" else {}
+    vertical: dict[str, Any] = {"rotation": 90} if which == "x" else {}
     if len(layers) <= _READABLE:
         axis.set_ticks(range(len(layers)), [layer.name for layer in layers], **vertical)
     elif len(parts) > 1:

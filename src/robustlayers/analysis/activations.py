@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +35,11 @@ _USUAL = ("conv", "norm", "linear", "activation")
 
 # Operators that are activations where no module of torch's stands around them.
 _OPERATORS = frozenset(
-    "relu leaky_relu gelu silu elu celu hardtanh hardswish mish softplus tanh sigmoid threshold _prelu_kernel".split()
+    {
+        "_prelu_kernel",
+        *("relu", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "softplus", "hardswish"),
+        *("hardtanh", "threshold", "tanh", "sigmoid"),
+    }
 )
 
 
@@ -194,7 +199,7 @@ def batches(count: int, batch_size: int, least: int = 1) -> list[slice]:
         raise UserError(f"{count} samples are too few: every batch needs {least} at least")
     size, more = divmod(count, parts)
     starts = [part * size + min(part, more) for part in range(parts + 1)]
-    return [slice(first, last) for first, last in zip(starts, starts[1:], strict=False)]
+    return [slice(first, last) for first, last in pairwise(starts)]
 
 
 def pooled(output: Tensor) -> Tensor:

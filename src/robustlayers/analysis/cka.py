@@ -21,7 +21,19 @@ from robustlayers.evaluation import Progress
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["CKA", "Block", "Parting", "Similarity", "cka", "center", "gram_batches"]
+__all__ = [
+    "CKA",
+    "Block",
+    "Parting",
+    "Side",
+    "Similarity",
+    "center",
+    "check_permutations",
+    "cka",
+    "gram",
+    "gram_batches",
+    "sides_of",
+]
 
 Estimator = Literal["unbiased", "biased"]
 _ESTIMATORS = ("biased", "unbiased")
@@ -31,8 +43,8 @@ _ESTIMATORS = ("biased", "unbiased")
 class Block:
     """The longest run of consecutive layers of which every two are similar."""
 
-    first: str
-    last: str
+    first: str | None
+    last: str | None
     layers: int
     share: float  # of all layers, in [0, 1]
 
@@ -108,8 +120,9 @@ class Similarity:
         """Return the longest run of consecutive layers of which every pair has a similarity of `least` or more.
 
         Its share of all layers is the summary number of block structure: 1 where all layers are alike, 1 / L where no two
-        neighbors are. It depends on which layers are looked at: compare it between models with the same ones. Of several
-        runs of the same length the first is returned. (Block structure as in Nguyen et al. 2021, section 3.)
+        neighbors are, and 0 where not even a layer and itself are, which can be between two models. It depends on which
+        layers are looked at: compare it between models with the same ones. Of several runs of the same length the first is
+        returned. (Block structure as in Nguyen et al. 2021, section 3.)
         """
         self.diagonal()
         alike = self.values >= least
@@ -121,8 +134,9 @@ class Similarity:
                 first += int(unlike[-1]) + 1
             if last + 1 - first > best[1] - best[0]:
                 best = (first, last + 1)
-        names = [layer.name for layer in self.rows_layers[best[0] : best[1]]]
-        return Block(names[0], names[-1], len(names), len(names) / len(alike))
+        names: list[str | None] = [layer.name for layer in self.rows_layers[best[0] : best[1]]]
+        first_name, last_name = (names[0], names[-1]) if names else (None, None)
+        return Block(first_name, last_name, len(names), len(names) / len(alike))
 
     def parting(self, below: float = 0.5) -> Parting:
         """Return the depth at which two nets part: the first layer l with S_ll < `below`, in execution order.
@@ -207,7 +221,7 @@ def cka(
     need = 4 if estimator == "unbiased" else 2
     check_permutations(permutations, generator)
     first = layers_of(model, layers, example=x)
-    sides = _sides(model, x, first, other, other_x, layers if other_layers is None else other_layers)
+    sides = sides_of(model, x, first, other, other_x, layers if other_layers is None else other_layers)
     second = sides[-1].layers
     cross = np.zeros((len(first), len(second)))
     own, its = np.zeros(len(first)), np.zeros(len(second))
@@ -216,13 +230,13 @@ def cka(
     for grams in gram_batches(sides, batch_size, pool=pool, least=need, what="cka", progress=progress):
         mine, theirs = (center(gram, estimator).flatten(1) for gram in (grams[0], grams[-1]))
         n = grams[0].shape[-1]
-        # Each is the mean over the entries; the weight n of a batch and 1 / (n - 3) are what is left.
-        weight = n / (n * (n - 3)) if estimator == "unbiased" else n / (n - 1) ** 2
+        # HSIC's divisor, n (n-3) or (n-1)^2, and the weight n of the batch.
+        weight = 1 / (n - 3) if estimator == "unbiased" else n / (n - 1) ** 2
         cross += weight * (mine @ theirs.T).numpy()
         own += weight * mine.square().sum(1).numpy()
         its += weight * theirs.square().sum(1).numpy()
         for draw in range(permutations):
-            order = torch.randperm(n, generator=generator)
+            order = shuffle(n, generator)
             shuffled = (order[:, None] * n + order[None]).flatten()
             chance[draw] += weight * (mine @ theirs[:, shuffled].T).numpy()
         largest = max(largest, n)
@@ -269,7 +283,7 @@ class Side:
     layers: tuple[Layer, ...]
 
 
-def _sides(
+def sides_of(
     model: nn.Module,
     x: Tensor,
     first: tuple[Layer, ...],
@@ -328,3 +342,9 @@ def check_permutations(permutations: int, generator: torch.Generator | None) -> 
         raise UserError(f"permutations: {permutations!r} is not allowed; allowed: a whole number, 0 or more")
     if permutations and generator is None:
         raise UserError("a permutation baseline is drawn: give a generator, such as torch.Generator().manual_seed(0)")
+
+
+def shuffle(count: int, generator: torch.Generator | None) -> Tensor:
+    """Return a drawn order of `count` samples, on the CPU."""
+    device = "cpu" if generator is None else generator.device
+    return torch.randperm(count, generator=generator, device=device).cpu()

@@ -115,7 +115,9 @@ class Criticality:
         if all(row.robust_accuracy_drop is not None for row in rows):
             series["robust"] = [100 * (row.robust_accuracy_drop or 0.0) for row in rows]
         axes = axes_or_new(axes, 5.0, 1.2 + 0.24 * len(rows))
-        return dots(axes, [row.group for row in rows], series, f"accuracy lost with values from {rows[0].source}, points")
+        return dots(
+            axes, [row.group for row in rows], series, f"accuracy lost with values from {rows[0].source}, points"
+        )
 
 
 def criticality(
@@ -154,7 +156,9 @@ def criticality(
     """
     named = bind_groups(model, groups, x[:2])
     if not sources:
-        raise UserError("criticality: there is no source of other values; give an earlier state dict or fresh_state(...)")
+        raise UserError(
+            "criticality: there is no source of other values; give an earlier state dict or fresh_state(...)"
+        )
     changes = 1 + len(named) * len(sources)
     bench = Bench(
         x,
@@ -185,16 +189,17 @@ def criticality(
                     names=group.names,
                     parameters=group.selection.parameters,
                     **asdict(quality),
-                    **_drops(whole[kind], quality),
+                    clean_accuracy_drop=whole[kind].clean_accuracy - quality.clean_accuracy,
+                    clean_loss_rise=quality.clean_loss - whole[kind].clean_loss,
+                    robust_accuracy_drop=_less(whole[kind].robust_accuracy, quality.robust_accuracy),
+                    robust_loss_rise=_less(quality.robust_loss, whole[kind].robust_loss),
                 )
                 for kind, quality in found.items()
             ]
     return Criticality(whole, tuple(results))
 
 
-def fresh_state(
-    model: nn.Module, seed: int = 0, build: Callable[[int], nn.Module] | None = None
-) -> dict[str, Tensor]:
+def fresh_state(model: nn.Module, seed: int = 0, build: Callable[[int], nn.Module] | None = None) -> dict[str, Tensor]:
     """Return tensor name -> value of a fresh draw of initial weights; the model and torch's global state stay as they are.
 
     `build(seed)` returns a freshly initialized model, as `lambda seed: models.build("resnet", seed=seed)` does. Without
@@ -252,15 +257,6 @@ def write_scores(path: Path | str, scores: Iterable[tuple[str, tuple[str, ...], 
 
 def _replace(group: Group, state: Mapping[str, Tensor], source: str) -> None:
     copy_entries(group.selection, state, source, strict=True)
-
-
-def _drops(whole: Quality, quality: Quality) -> dict[str, float | None]:
-    return {
-        "clean_accuracy_drop": whole.clean_accuracy - quality.clean_accuracy,
-        "clean_loss_rise": quality.clean_loss - whole.clean_loss,
-        "robust_accuracy_drop": _less(whole.robust_accuracy, quality.robust_accuracy),
-        "robust_loss_rise": _less(quality.robust_loss, whole.robust_loss),
-    }
 
 
 def _less(one: float | None, two: float | None) -> float | None:

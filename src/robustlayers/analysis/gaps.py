@@ -6,6 +6,7 @@ clean accuracy keeps rising on both (Rice, Wong & Kolter 2020, arXiv 2002.11569)
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -74,7 +75,9 @@ class Gaps:
         axes = axes_or_new(axes, 5.0, 3.2)
         for kind, paint, line in (("clean", SERIES[0], "--"), ("robust", SERIES[1], "-")):
             known = [(e.epoch, 100 * gap) for e in self.epochs if (gap := getattr(e, f"{kind}_gap")) is not None]
-            axes.plot([e for e, _ in known], [gap for _, gap in known], line, color=paint, label=f"{kind} gap", marker=".")
+            axes.plot(
+                [e for e, _ in known], [gap for _, gap in known], line, color=paint, label=f"{kind} gap", marker="."
+            )
         axes.axvline(self.best_epoch, color="#66707b", linewidth=0.8, label="best robust validation accuracy")
         axes.set_xlabel("epoch")
         axes.set_ylabel("train minus validation accuracy, points")
@@ -103,7 +106,7 @@ def gaps(points: Iterable[Any], *, phase: str | None = None) -> Gaps:
     if phase is not None and phase not in phases:
         raise UserError(one_of("phase", phase, phases))
     epochs = sorted((epoch for epoch in read if phase in (None, epoch.phase)), key=lambda epoch: epoch.epoch)
-    twice = [str(one.epoch) for one, two in zip(epochs, epochs[1:], strict=False) if one.epoch == two.epoch]
+    twice = [str(one.epoch) for one, two in itertools.pairwise(epochs) if one.epoch == two.epoch]
     if twice:
         raise UserError(f"gaps: epoch {twice[0]} is there more than once; give the curve of one run, of one seed")
     known = [(epoch, epoch.validation_robust) for epoch in epochs if epoch.validation_robust is not None]
@@ -132,10 +135,10 @@ def _read(point: Any, place: int) -> EpochGap:
     values: dict[str, float | None] = {}
     for name in _ACCURACIES:
         value = get(name)
-        known = value is not None and math.isfinite(float(value))
-        values[name] = float(value) if known else None
-        if known and not 0 <= float(value) <= 1:
+        value = math.nan if value is None else float(value)
+        if not math.isnan(value) and not 0 <= value <= 1:
             raise UserError(Fault(f"{name} is {value:g}; allowed: accuracies in [0, 1]", path=f"point {place}"))
+        values[name] = None if math.isnan(value) else value
     return EpochGap(
         int(get("epoch")),
         str(get("phase")),

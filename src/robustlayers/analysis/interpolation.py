@@ -168,9 +168,11 @@ def interpolation(
         for place in places:
             if place == 1 and end is not None:
                 found = end
-                bench.skip()
+                bench.skip(f"{group.name} at 1")
             else:
-                found = bench.changed(model, f"{group.name} at {place:g}", partial(_move, group.selection, state, place))
+                found = bench.changed(
+                    model, f"{group.name} at {place:g}", partial(_move, group.selection, state, place)
+                )
             end = found if place == 1 else end
             points += [LinePoint(group.name, kind, place, **asdict(quality)) for kind, quality in found.items()]
     return Line(tuple(points))

@@ -153,7 +153,9 @@ def transplant(
     for host, donor in pairs:
         found = {NOTHING: (0, whole[host])}
         for name, group in named[host].items():
-            quality = bench.changed(hosts[host], f"{name} of {donor} in {host}", partial(_receive, group, states[donor], donor))
+            quality = bench.changed(
+                hosts[host], f"{name} of {donor} in {host}", partial(_receive, group, states[donor], donor)
+            )
             found[name] = (group.selection.parameters, quality)
         found[EVERYTHING] = (sum(p.numel() for p in hosts[donor].parameters()), whole[donor])
         results += [

@@ -159,7 +159,9 @@ def robust_criticality(
     if length <= 0:
         raise UserError(f"step_size: {length:g} is not allowed; allowed: more than 0, as a share of the radius")
     named = bind_groups(model, groups, x[:2])
-    faults = [Fault("has no parameters to perturb", path=name) for name, g in named.items() if not g.selection.parameters]
+    faults = [
+        Fault("has no parameters to perturb", path=name) for name, g in named.items() if not g.selection.parameters
+    ]
     if faults:
         raise UserError(faults)
     crafting = len(x) if attack is not None else 0

@@ -120,53 +120,53 @@ def score(forward: Forward, x_adv: Tensor, objective: Objective) -> tuple[Tensor
 class Best:
     """The best point of each image so far: one that is broken before one that is not, then the higher loss.
 
-    With `stop`, the first broken point of an image stays: what comes later does not count, so that a result does not
-    depend on when the image was taken out of the batch.
+    With `stop`, the first point stays that has broken an image clearly, beyond rounding: what comes later does not
+    count, so that a result does not depend on when the image was taken out of the batch.
     """
 
     def __init__(self, x: Tensor, *, stop: bool = False) -> None:
         self.x = x
         self._stop = stop
-        self._own = False
-        self._broken: Tensor | None = None
+        self._rank: Tensor | None = None  # 0 holds, 1 broken, 2 done with
         self._losses: Tensor | None = None
+        self._own = False
 
     def update(self, goal: Goal, x_adv: Tensor, logits: Tensor, losses: Tensor, rows: Tensor | None = None) -> None:
         """Keep those images of `x_adv` that beat the best so far; equals do not. `rows` says which images these are."""
-        broken = goal.broken(logits)
-        if self._broken is None or self._losses is None:
-            self.x, self._broken, self._losses = x_adv, broken, losses
-            return
-        x_then, broken_then, losses_then = self.x, self._broken, self._losses
-        if rows is not None:
-            x_then, broken_then, losses_then = x_then[rows], broken_then[rows], losses_then[rows]
-        better = (broken & ~broken_then) | ((broken == broken_then) & (losses > losses_then))
+        rank = goal.broken(logits).to(torch.int8)
         if self._stop:
-            better = better & ~broken_then
-        x_now, broken_now = select(better, x_adv, x_then), broken_then | broken
-        losses_now = torch.where(better, losses, losses_then)
-        if rows is not None:
-            if not self._own:  # what was given may be an iterate that goes on
-                self.x, self._broken, self._losses = self.x.clone(), self._broken.clone(), self._losses.clone()
-                self._own = True
-            self.x[rows], self._broken[rows], self._losses[rows] = x_now, broken_now, losses_now
+            rank = rank + goal.settled(logits)
+        if self._rank is None or self._losses is None:
+            self.x, self._rank, self._losses = x_adv, rank, losses
             return
-        self.x, self._broken, self._losses, self._own = x_now, broken_now, losses_now, True
+        x_then, rank_then, losses_then = self.x, self._rank, self._losses
+        if rows is not None:
+            x_then, rank_then, losses_then = x_then[rows], rank_then[rows], losses_then[rows]
+        better = (rank > rank_then) | ((rank == rank_then) & (losses > losses_then) & (rank_then < 2))
+        x_now, rank_now = select(better, x_adv, x_then), torch.maximum(rank, rank_then)
+        losses_now = torch.where(better, losses, losses_then)
+        if rows is None:
+            self.x, self._rank, self._losses, self._own = x_now, rank_now, losses_now, True
+            return
+        if not self._own:  # what was given may be an iterate that goes on
+            self.x, self._rank, self._losses = self.x.clone(), self._rank.clone(), self._losses.clone()
+            self._own = True
+        self.x[rows], self._rank[rows], self._losses[rows] = x_now, rank_now, losses_now
 
     def standing(self) -> Tensor:
-        """Return the places of the images that are not broken yet; this waits for the device."""
-        if self._broken is None:
+        """Return the places of the images that are not done with; this waits for the device."""
+        if self._rank is None:
             return torch.arange(len(self.x), device=self.x.device)
-        return (~self._broken).nonzero().squeeze(1)
+        return (self._rank < 2).nonzero().squeeze(1)
 
     def compact(self, rows: Tensor) -> Tensor | None:
         """Return which of the images at `rows` to go on with, or None for all; this waits for the device.
 
-        They are fewer only where an eighth is broken: a batch of another size costs a model something, too.
+        They are fewer only where an eighth is done with: a batch of another size costs a model something, too.
         """
-        if self._broken is None:
+        if self._rank is None:
             return None
-        standing = (~self._broken[rows]).nonzero().squeeze(1)
+        standing = (self._rank[rows] < 2).nonzero().squeeze(1)
         return None if len(standing) > 7 * len(rows) // 8 else standing
 
 

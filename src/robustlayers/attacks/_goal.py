@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robustlayers.attacks.losses import Loss, find_loss, is_correct
+from robustlayers.attacks.losses import Loss, find_loss, is_correct, margin
 from robustlayers.core.errors import UserError
 
 __all__ = ["Goal", "make_goal"]
+
+_CLEAR = 1e-4  # of the largest logit: the rounding of another batch size or an equivalent forward is far below
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Goal:
         if self.reach and self.target is not None:
             return is_correct(logits, self.target)
         return ~is_correct(logits, self.y)
+
+    def settled(self, logits: Tensor) -> Tensor:
+        """Return which images have reached the goal so clearly that rounding cannot undo it; they may be left alone."""
+        wanted = self.target if self.reach and self.target is not None else None
+        ahead = margin(logits, self.y) if wanted is None else -margin(logits, wanted)
+        return self.broken(logits) & (ahead > _CLEAR * logits.abs().amax(1))
 
     def take(self, places: Tensor) -> Goal:
         """Return the goal for some images of the batch."""

@@ -65,8 +65,8 @@ def climb_sparsely(
     """Take all steps from one start and tell `best` about every iterate inside the threat (Croce & Hein 2021, l1-APGD).
 
     A step adds sign(gradient) eta / k on the k pixels of the largest gradient and projects. At each checkpoint k
-    becomes the number of pixels that the best perturbation changes, over 1.5; where that has fallen by 5 %, eta is eps again
-    and the image goes on from its best point, elsewhere eta is divided by 1.5, down to eps / 10. The first 60 % of the
+    becomes the number of pixels that the best perturbation changes, over 1.5; where that has fallen by 5 %, eta is eps
+    again and the image goes on from its best point, elsewhere eta is divided by 1.5, down to eps / 10. The first 60 % of the
     steps are taken in balls of 3 and 2 eps, each projected into the next. `rows` as in `apgd.climb_by_itself`.
     """
     point = start

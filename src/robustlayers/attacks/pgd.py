@@ -45,7 +45,7 @@ class PGD:
     `start` is where a random start comes from: `uniform` in the ball, or `gaussian`, the image with noise of standard
     deviation 0.001 (Zhang et al. 2019, for the loss `kl`). With `momentum` m, the direction is that of v <- m v +
     gradient / mean |gradient|; see `MIM`. With `early_exit`, an image takes no part in further steps and restarts once
-    it is broken, and its first broken iterate is returned: as many images are broken, at a lower cost on a weak model.
+    it is clearly broken, and that iterate is returned: as many images are broken, at a lower cost on a weak model.
 
     Cost: `steps` forwards and backwards for each restart, and one forward more with `keep="best"`. Too weak to measure
     with where its steps are few (below 20) or its only restart is unlucky, and where gradients are masked: then its

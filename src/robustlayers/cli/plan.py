@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -55,6 +56,7 @@ def plan(
         )
     console.print(arms)
 
+    _print_phases(console, facts, made.nodes)
     groups = Table(title="groups of each phase", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in ("phase", "arms", "group", "signal", "parameters", "buffers", "share", "tensors"):
         groups.add_column(
@@ -93,6 +95,33 @@ def plan(
         line += f", about {duration_text(seconds)} ({how})"
     console.print(line)
     return 0
+
+
+def _print_phases(console: Any, facts: Mapping[str, Any], nodes: Mapping[str, Any]) -> None:
+    """Print what each phase costs, a step and in all, and what it does beyond the ordinary."""
+    from rich.table import Table
+
+    phases = Table(title="phases", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    phases.add_column("phase")
+    phases.add_column("arms", overflow="fold")
+    for column in ("epochs", "forward/step", "backward/step", "forward", "backward"):
+        phases.add_column(column, justify="right")
+    phases.add_column("besides", overflow="fold")
+    seen = set()
+    for arm in facts["arms"]:
+        for phase in arm["phases"]:
+            if phase["id"] not in seen:
+                seen.add(phase["id"])
+                phases.add_row(
+                    phase["name"],
+                    ", ".join(nodes[phase["id"]].arms),
+                    phase["length"],
+                    *map(str, phase["step_passes"]),
+                    count_text(phase["forward_passes"]),
+                    count_text(phase["backward_passes"]),
+                    "; ".join(phase["extras"]),
+                )
+    console.print(phases)
 
 
 def tensors_text(tensors: list[tuple[str, str, float]], most: int = 3) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,10 @@ from robustlayers.study.local import Event
 from robustlayers.study.run import Job
 
 __all__ = ["Display", "show"]
+
+
+def _loss(facts: Mapping[str, Any]) -> str:
+    return "" if facts["train_loss"] is None else f"loss {facts['train_loss']:.3f}  "
 
 
 class Display:
@@ -54,7 +58,7 @@ class Display:
         elif event.kind == "epoch":
             self.parts[event.key] = facts["done"] / facts["of"]
             self.line(
-                f"{job.text}: epoch {facts['done']}/{facts['of']}  loss {facts['train_loss']:.3f}  "
+                f"{job.text}: epoch {facts['done']}/{facts['of']}  {_loss(facts)}"
                 f"validation clean {_percent(facts['validation_clean'])} robust {_percent(facts['validation_robust'])}"
                 f"  {self.status()}"
             )

@@ -141,6 +141,11 @@ def _phase(phase: PhaseLine) -> PhaseContent:
         ("Attack", phase.attack or "none needed"),
         ("Optimizer", phase.optimizer),
         ("Norm policy", phase.normalization),
+        ("Besides", "; ".join(phase.extras)),
+        (
+            "Passes of a step",
+            f"{phase.step_passes[0]} forward, {phase.step_passes[1]} backward" if any(phase.step_passes) else "",
+        ),
         ("Passes per seed", f"{compact(phase.forward_passes)} forward, {compact(phase.backward_passes)} backward"),
     ]
     headings = [

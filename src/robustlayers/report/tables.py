@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from robustlayers.report.answer import difference, in_points
 from robustlayers.report.measured import accuracy, metrics, primary, status, values
@@ -193,6 +194,11 @@ def _sizes(numbers: Iterable[float]) -> str:
     return _range([f"{number:#.3g}".rstrip(".") if number else "0" for number in sorted(numbers)])
 
 
+def _rate(lines: Sequence[LedgerLine]) -> Cell:
+    rates = [line.effective_lr for line in lines if line.effective_lr is not None and isfinite(line.effective_lr)]
+    return Cell(_sizes(rates), "", rates[0]) if rates else Cell(NONE)
+
+
 def ledger(arm: Arm) -> Table:
     """Return what moved, per phase and group over all seeds of the ledger: lowest to highest where seeds differ."""
     found: dict[tuple[str, str, str], list[LedgerLine]] = {}
@@ -221,6 +227,17 @@ def ledger(arm: Arm) -> Table:
                     ),
                     Cell(_sizes(line.relative_l2 for line in lines), "", lines[0].relative_l2),
                     Cell(_sizes(line.largest for line in lines), "", lines[0].largest),
+                    _rate(lines),
+                    Cell(
+                        compact(lines[0].gradient_passes) if lines[0].gradient_passes else NONE,
+                        "",
+                        lines[0].gradient_passes,
+                    ),
+                    Cell(
+                        lines[0].after[:8] or NONE,
+                        f"before: {lines[0].before[:8]}" if lines[0].before else "",
+                        kind="code",
+                    ),
                 ]
             ]
         )
@@ -233,10 +250,15 @@ def ledger(arm: Arm) -> Table:
         Column("Buffers moved", True),
         Column("Relative L2", True),
         Column("Largest change", True),
+        Column("Effective rate", True),
+        Column("Gradient passes", True),
+        Column("Hash after"),
     ]
     caption = (
         "Ledger: what moved in each group. The promise is that frozen tensors stay equal bit by bit and that trained ones "
-        "move. Relative L2 is |after − before| / |before| over the parameters of the group; ranges are over seeds."
+        "move. Relative L2 is |after − before| / |before| over the parameters of the group; ranges are over seeds. "
+        "Effective rate: mean over updates of learning rate × |gradient| / |parameters|. Gradient passes: images sent "
+        "backward for this group, per seed. Hashes are of the first seed."
     )
     return Table("ledger", caption, columns, blocks)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from math import nan
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class Changed:
     def run(self, steps: int | None = None, progress: Progress | None = None) -> EpochLog | None:
         """Count the change as an epoch of its own, so that its result is measured as all others."""
         self.done = 1
-        return EpochLog(self.node.first_epoch + 1, 0.0, 0.0, 0, 0)
+        return EpochLog(self.node.first_epoch + 1, nan, 0.0, 0, 0)
 
     @contextmanager
     def result(self) -> Iterator[nn.Module]:
@@ -121,7 +122,7 @@ class Recalibrated:
         images = sum(self.sizes)
         forward = images * (1 + getattr(self.attack, "forward_passes", 0))
         backward = images * getattr(self.attack, "backward_passes", 0)
-        return EpochLog(self.node.first_epoch + 1, 0.0, time.perf_counter() - began, forward, backward)
+        return EpochLog(self.node.first_epoch + 1, nan, time.perf_counter() - began, forward, backward)
 
     @contextmanager
     def result(self) -> Iterator[nn.Module]:

@@ -25,6 +25,15 @@ from robustlayers.study.summary import (
 
 __all__ = ["collect", "collect_rows"]
 
+_LEDGER = (
+    "moved_parameters",
+    "moved_buffers",
+    "relative_l2",
+    "largest",
+    "effective_lr",
+    "gradient_passes",
+)
+
 
 def collect_rows(store: Store) -> list[Row]:
     """Return every measured number of the study that the store's plan describes, in a fixed order."""
@@ -92,7 +101,19 @@ def _rows(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], seed: i
         return []
     base = {"study": plan["name"], "arm": arm["name"], "levels": arm["levels"], "run": arm["run"], "seed": seed}
     rows = [Row(**base, **row) for row in read_json(folder / "rows.json")]
-    rows += [Row(**base, checkpoint="", metric=fact, value=arm[fact]) for fact in FACTS]
+    ledgers = {phase["name"]: read_json(store.phase(phase["id"], seed) / "ledger.json") for phase in arm["phases"]}
+    for fact in FACTS:  # passes as they were made: a phase that stopped early made fewer than planned
+        spent = fact.endswith("_passes") and all(fact in ledger for ledger in ledgers.values())
+        value = sum(ledger[fact] for ledger in ledgers.values()) if spent else arm[fact]
+        rows.append(Row(**base, checkpoint="", metric=fact, value=value))
+    for phase, ledger in ledgers.items():
+        for line in ledger["groups"]:
+            where = {"phase": phase, "group": line["group"]}
+            hashes = {"hash_before": line.get("before", ""), "hash_after": line.get("after", "")}
+            for metric in _LEDGER:
+                value = line.get(metric)
+                if value is not None:
+                    rows.append(Row(**base, checkpoint="", metric=metric, value=value, **where, **hashes))
     return rows
 
 
@@ -131,7 +152,7 @@ def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: li
         curves[seed] = points
     results: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
-        if row.run == arm["run"] and row.arm == arm["name"]:
+        if row.run == arm["run"] and row.arm == arm["name"] and not row.phase:
             results.setdefault(row.checkpoint, {}).setdefault(row.metric, {})[row.seed] = row.value
     return Arm(
         name=arm["name"],
@@ -169,6 +190,8 @@ def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: li
                 forward_passes=phase["forward_passes"],
                 backward_passes=phase["backward_passes"],
                 shared_with=phase["shared_with"],
+                extras=phase.get("extras", ()),
+                step_passes=tuple(phase.get("step_passes", (0, 0))),
             )
             for phase in arm["phases"]
         ],

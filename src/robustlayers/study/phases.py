@@ -58,12 +58,17 @@ Made = TypeVar("Made")
 
 
 def training_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> Any:
-    """Return an attack as trained with: PGD keeps the last iterate unless told otherwise, which saves a forward."""
+    """Return an attack as trained with: as published, and without what only a measurement needs, unless told otherwise.
+
+    PGD keeps the last iterate, which saves a forward; N-FGSM leaves the ball by its noise (de Jorge et al. 2022).
+    """
     options: dict[str, Any] = {"name": what} if isinstance(what, str) else dict(what)
     bound = attacks.Threat(threat.norm, threat.eps)
     attack = attacks.parse(options, bound)
     if isinstance(attack, attacks.PGD) and attack.restarts == 1 and "keep" not in options:
         attack = attacks.parse({**options, "keep": "last"}, bound)
+    if isinstance(attack, attacks.NFGSM) and "project" not in options:
+        attack = attacks.parse({**options, "project": False}, bound)
     return attack
 
 

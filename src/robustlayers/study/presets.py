@@ -55,7 +55,9 @@ def expand(document: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(Fault(f"a mapping with {what}; allowed: {allowed}", path="phases"))
     ((name, options),) = phases.items()
     if name not in PRESETS:
-        raise UserError(Fault(f"{one_of('preset', str(name), PRESETS)}; or a list of phases", path=path_text(("phases", str(name)))))
+        raise UserError(
+            Fault(f"{one_of('preset', str(name), PRESETS)}; or a list of phases", path=path_text(("phases", str(name))))
+        )
     if options is None:
         options = {}
     if not isinstance(options, Mapping):

@@ -22,6 +22,10 @@ _AFTER = (
     "normalization",
     "epoch",
     "flags",
+    "phase",
+    "group",
+    "hash_before",
+    "hash_after",
 )
 
 

@@ -106,7 +106,7 @@ class ModelConfig(BaseModel):
 class ThreatConfig(_Closed):
     """The set of allowed perturbations: |x_adv - x| <= eps in this norm, inside [0, 1]."""
 
-    norm: Literal["linf", "l2"]
+    norm: Literal["linf", "l2", "l1"]
     eps: Quantity = Field(gt=0, description="pixel units of [0, 1]; write 8/255")
 
 

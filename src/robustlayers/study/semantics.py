@@ -53,12 +53,12 @@ def build_threat(config: ThreatConfig) -> attacks.Threat:
     return attacks.Threat(config.norm, config.eps)
 
 
-NamedAttack = attacks.APGD | attacks.FGSM | attacks.Noise | attacks.PGD
+NamedAttack = attacks.NamedAttack
 
 
 def build_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> NamedAttack:
     """Return an attack as measured with: PGD keeps the best iterate."""
-    return cast(NamedAttack, attacks.parse(what, build_threat(threat)))
+    return attacks.parse(what, build_threat(threat))
 
 
 def attack_label(what: str | Mapping[str, Any], threat: ThreatConfig) -> str:

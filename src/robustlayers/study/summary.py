@@ -32,6 +32,10 @@ class Row:
     normalization: str = ""  # how norm layers normalized while measuring: "running"
     epoch: int | None = None  # the epoch the checkpoint is of, counted from 1 over all phases
     flags: str = ""  # what a sceptic should know, semicolon separated
+    phase: str = ""  # of the ledger: its phase, its group, and the hashes of the group before and after
+    group: str = ""
+    hash_before: str = ""
+    hash_after: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ class LedgerLine:
     relative_l2: float  # |after - before| / |before| over the group's parameters
     largest: float  # largest absolute change over parameters
     kept: bool  # the promise: frozen is bit-equal, trained moved
+    before: str = ""  # SHA-256 of the group's entries before and after, 16 hexadecimal digits
+    after: str = ""
+    effective_lr: float | None = None  # mean over updates of |lr gradient| / |weights|; None where nothing was updated
+    gradient_passes: int = 0  # backward passes of single images that the group's gradient was taken from
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,8 @@ class PhaseLine:
     forward_passes: int  # passes of one image through the net, all epochs of the phase; shared phases counted whole
     backward_passes: int
     shared_with: int  # number of arms that use this very phase result
+    extras: Sequence[str] = ()  # windows, eps schedule, ascent, average, early stop, in words
+    step_passes: tuple[int, int] = (0, 0)  # forward and backward passes of one image in an ordinary step
 
 
 @dataclass(frozen=True)

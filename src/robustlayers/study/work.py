@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,12 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
             continue
         began = time.perf_counter()
         with work.result() as result:
-            point = {"epoch": log.epoch, "phase": phase.name, **monitor(result), "train_loss": log.loss}
+            point = {
+                "epoch": log.epoch,
+                "phase": phase.name,
+                **monitor(result),
+                "train_loss": None if isnan(log.loss) else log.loss,
+            }
             record["curve"].append(point)
             record["seconds"] += log.seconds
             record["monitor_seconds"] += time.perf_counter() - began

@@ -9,7 +9,7 @@ worse shared, are a published fault: the average is then measured with statistic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from robustlayers.core.errors import UserError, one_of
 from robustlayers.core.quantities import number
 from robustlayers.normalization import crafting_forward, recalibration
 from robustlayers.selection.inventory import Entry, Inventory, is_norm
+from robustlayers.selection.selection import Selection
 from robustlayers.selection.selectors import resolve
 
 __all__ = ["AVERAGES", "Average", "AverageSettings"]
@@ -116,6 +117,7 @@ class Average:
     Args:
         inventory: of the live model, such as `partition.inventory`.
         settings: see `AverageSettings`.
+        learning: statistics of norm layers that learn, by name; the others are frozen and stay. None: all of them.
 
     Raises:
         UserError: a selector that picks no parameter.
@@ -129,7 +131,9 @@ class Average:
     ({'weight': tensor([[3.]])}, 6.0)
     """
 
-    def __init__(self, inventory: Inventory, settings: AverageSettings) -> None:
+    def __init__(
+        self, inventory: Inventory, settings: AverageSettings, learning: Collection[str] | None = None
+    ) -> None:
         self.inventory, self.settings = inventory, settings
         self.updates = 0
         self._parts = {
@@ -139,7 +143,11 @@ class Average:
         }
         if not self._parts:
             raise UserError(f"average: selector {settings.select!r} picks no parameter")
-        self._statistics = [entry for entry in inventory if entry.buffer and any(map(is_norm, entry.owners))]
+        self._statistics = [
+            entry
+            for entry in inventory
+            if entry.buffer and any(map(is_norm, entry.owners)) and (learning is None or entry.name in learning)
+        ]
         self._follows = list(self._parts)
         # Attacks on the averaged model, whose statistics are not estimated yet, meet averaged ones: the nearest there are.
         if settings.statistics == "average" or settings.on == "adversarial":

@@ -131,7 +131,9 @@ class PhaseTrainer:
             perturbation=perturbation,
             due=self.update.due if self.update.slow else None,
         )
-        self.average = None if average is None else Average(self.partition.inventory, average)
+        self.average = None
+        if average is not None:
+            self.average = Average(self.partition.inventory, average, self._learning_statistics())
         self.start = snapshot(model)
         self.done = 0  # whole epochs
         self.within = 0  # steps of the epoch that is under way
@@ -270,7 +272,7 @@ class PhaseTrainer:
                 one, two = self.step.passes_per_batch(Turn(turn.learning, None, turn.eps))
                 images = sum(self.sizes[: settings.rates_batches])
                 forward, backward = forward + one * images, backward + two * images
-        if self.average is not None and self.average.settings.statistics == "recalibrate" and self._has_statistics():
+        if self.average is not None and self.average.settings.statistics == "recalibrate" and self._learning_statistics():
             own = self.average.settings
             attack = self.step.attack if own.on == "adversarial" else None
             for epoch in range(self.epochs):
@@ -280,8 +282,14 @@ class PhaseTrainer:
                     backward += sum(self.sizes) * getattr(attack, "backward_passes", 0)
         return forward, backward
 
-    def _has_statistics(self) -> bool:
-        return any(entry.buffer and any(map(is_norm, entry.owners)) for entry in self.partition.inventory)
+    def _learning_statistics(self) -> list[str]:
+        entries = self.partition.inventory.entries
+        return [
+            name
+            for group, selection in self.partition.groups.items()
+            for name in selection
+            if self.step.signals[group] and entries[name].buffer and any(map(is_norm, entries[name].owners))
+        ]
 
     @contextmanager
     def result(self) -> Iterator[nn.Module]:
@@ -340,12 +348,17 @@ class PhaseTrainer:
         self._tally = _Tally(loss, int(images), int(forward), int(backward), learned)
 
     def ledger(self) -> list[GroupChange]:
-        """Return what moved since the phase began."""
+        """Return what moved since the phase began, in the model that it hands on."""
+        if self.average is not None and self.average.stale:  # in the middle of an epoch
+            now = snapshot(self.model)
+        else:
+            with self.result() as model:
+                now = snapshot(model)
         return compare(
             self.partition,
             self.step.signals,
             self.start,
-            snapshot(self.model),
+            now,
             self.step.reached,
             effective_rates=self.update.effective_rates(),
             learned=self._tally.learned,

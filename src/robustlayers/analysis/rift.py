@@ -1,0 +1,215 @@
+"""RiFT: fine-tune the group that robustness needs least on clean images, and go as far towards it as robustness allows.
+
+    1. theta_FT: the group of the lowest module robust criticality learns from clean images; all else is frozen.
+    2. theta_alpha = (1 - alpha) theta_AT + alpha theta_FT.
+    3. alpha is the one with the best clean accuracy whose robust accuracy is at most `tolerance` below that at alpha 0.
+
+Zhu et al. 2023, "Improving Generalization of Adversarial Training via Robust Critical Fine-Tuning", section 3,
+arXiv 2308.02533. Here everything but the group is frozen, running statistics included, which the published code lets
+drift to clean images; and alpha is chosen on images that the caller hands in, which must not be the test set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlayers.analysis._axes import GRAY, SERIES, axes_or_new
+from robustlayers.analysis._ground import Bench, finite_row, put_back
+from robustlayers.attacks import Attack
+from robustlayers.core.errors import UserError
+from robustlayers.core.quantities import number
+from robustlayers.data import Augment, Images, batch_count
+from robustlayers.evaluation import Progress
+from robustlayers.selection import Inventory, Selection, resolve
+from robustlayers.training import OptimizerSettings, PhaseTrainer, Schedule, interpolate, snapshot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Rift", "RiftPoint", "rift"]
+
+ALPHAS = tuple(place / 20 for place in range(21))
+
+
+@dataclass(frozen=True)
+class RiftPoint:
+    """Accuracies in [0, 1] and losses in nats at one alpha; `allowed` if robustness is within the tolerance there."""
+
+    alpha: float
+    allowed: bool
+    clean_accuracy: float
+    clean_loss: float
+    robust_accuracy: float
+    robust_loss: float
+
+
+@dataclass(frozen=True)
+class Rift:
+    """A robust critical fine-tuning: what it reached along the line, and the weights that were chosen.
+
+    How to read it: clean accuracy rises with alpha until the group is fully fine-tuned (1); alpha is as far along as the
+    robust line stays level. An alpha of 0 means that no step was worth its price.
+    """
+
+    group: str
+    alpha: float
+    tolerance: float
+    points: tuple[RiftPoint, ...]
+    state: dict[str, Tensor] = field(repr=False, compare=False)  # of the whole model at the chosen alpha
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one plain row for each alpha, and whether it is the chosen one."""
+        chosen = [{"group": self.group, "chosen": point.alpha == self.alpha, **asdict(point)} for point in self.points]
+        return [finite_row(row) for row in chosen]
+
+    @property
+    def before(self) -> RiftPoint:
+        """The model before the fine-tuning."""
+        return self.points[0]
+
+    @property
+    def after(self) -> RiftPoint:
+        """The model at the chosen alpha."""
+        return next(point for point in self.points if point.alpha == self.alpha)
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw clean and robust accuracy in percent over alpha, with the chosen one."""
+        axes = axes_or_new(axes, 5.0, 3.2)
+        alphas = [point.alpha for point in self.points]
+        for kind, paint, mark in (("clean", SERIES[0], "o"), ("robust", SERIES[1], "s")):
+            values = [100 * getattr(point, f"{kind}_accuracy") for point in self.points]
+            axes.plot(alphas, values, color=paint, marker=mark, markersize=4, label=kind)
+        axes.axvline(self.alpha, color=GRAY, linewidth=0.8, label=f"chosen: {self.alpha:g}")
+        axes.set_xlabel("alpha: 0 before, 1 fine-tuned")
+        axes.set_ylabel("accuracy, %")
+        axes.legend(frameon=False, fontsize="small")
+        return axes
+
+
+def rift(
+    model: nn.Module,
+    group: str,
+    train: Images,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    *,
+    epochs: int = 10,
+    optimizer: OptimizerSettings | None = None,
+    schedule: Schedule | None = None,
+    train_batch_size: int = 128,
+    augment: Augment | None = None,
+    alphas: Sequence[float | str] = ALPHAS,
+    tolerance: float | str = 0.001,
+    batch_size: int = 500,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Rift:
+    """Return the fine-tuned weights and all that was measured on the way; the model itself is left bit for bit as it was.
+
+    `model.load_state_dict(result.state)` takes the result over.
+
+    Args:
+        model: adversarially trained.
+        group: selector of what is fine-tuned, such as `robust_criticality(...).least.selector`. Running statistics in it
+            stay frozen: a norm layer learns its scale and shift.
+        train: images that it learns from, on the device of the model or not.
+        x: images [n, c, h, w] of the validation split, on which alpha is chosen; y: integer labels [n].
+        attack: measures robust accuracy at each alpha, anew.
+        epochs: of fine-tuning.
+        optimizer: None is the paper's: SGD with learning rate 0.001, momentum 0.9 and weight decay 5e-4.
+        schedule: None is the paper's: a tenth of the rate from half of the epochs on.
+        alphas: numbers from 0 on, ascending, up to 1; 0 is taken in any case.
+        tolerance: the drop of robust accuracy that is allowed, in [0, 1]; the paper's is 0.1 points. On fewer than 1,000
+            validation images 0.001 is less than one image, and so nothing.
+        seed: of the order of images, their augmentation, and the attack's draws.
+        progress: called with images done, training images and measured ones.
+
+    Of alphas with the same clean accuracy, the one with the higher robust accuracy is chosen, then the smaller one.
+
+    Raises `UserError` for a selector without parameters and values that are not allowed; `training.Diverged` where the
+    fine-tuning does.
+    """
+    places = sorted({0.0, *(number(alpha, "alpha") for alpha in alphas)})
+    if places[0] < 0 or places[-1] > 1:
+        raise UserError(f"alphas: {places} is not allowed; allowed: numbers from 0 to 1")
+    allowed = number(tolerance, "tolerance")
+    if not 0 <= allowed <= 1:
+        raise UserError(f"tolerance: {allowed:g} is not allowed; allowed: a drop of accuracy, from 0 to 1")
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise UserError(f"epochs: {epochs!r} is not allowed; allowed: a whole number, 1 or more")
+    inventory = Inventory(model)
+    picked = resolve(inventory, group)
+    selection = Selection(
+        inventory, {name: mask for name, mask in picked.parts.items() if not inventory.entries[name].buffer}
+    )
+    if not selection:
+        raise UserError(f"rift: selector {group!r} picks no parameters, only buffers")
+    tuning = epochs * batch_count(len(train), train_batch_size) * train_batch_size
+    measuring = _shifted(progress, tuning)
+    bench = Bench(x, y, attack, batch_size=batch_size, seed=seed, progress=measuring, changes=len(places))
+    total = tuning + bench.total
+
+    def trained(epoch: int, batches: int) -> None:
+        if progress is not None:
+            done = (epoch * batch_count(len(train), train_batch_size) + batches) * train_batch_size
+            progress("fine-tuning", done, total)
+
+    with put_back(model):
+        trainer = PhaseTrainer(
+            model,
+            {"tuned": _selector(group, picked, selection), "frozen": "rest"},
+            {"tuned": "natural", "frozen": "frozen"},
+            train,
+            epochs=epochs,
+            batch_size=train_batch_size,
+            optimizer=optimizer or OptimizerSettings(lr=0.001),
+            schedule=schedule or Schedule("piecewise", milestones=(0.5,), factor=0.1),
+            augment=augment,
+            seed=seed,
+            device=_device(model, x),
+        )
+        for epoch in range(epochs):
+            trainer.train_epoch(lambda batches, _, epoch=epoch: trained(epoch, batches))
+        trainer.verify()
+        tuned = snapshot(model)
+    points: list[RiftPoint] = []
+    for alpha in places:
+        (quality,) = bench.changed(model, f"alpha {alpha:g}", partial(_move, selection, tuned, alpha)).values()
+        robust = quality.robust_accuracy or 0.0
+        # A share of images is exact to a few times 1e-16 only, and a drop of just the tolerance is allowed.
+        fits = not points or robust >= points[0].robust_accuracy - allowed - 1e-12
+        points.append(RiftPoint(alpha, fits, **asdict(quality)))
+    chosen = max((p for p in points if p.allowed), key=lambda p: (p.clean_accuracy, p.robust_accuracy, -p.alpha))
+    with put_back(model):
+        _move(selection, tuned, chosen.alpha)
+        state = snapshot(model)
+    return Rift(group, chosen.alpha, allowed, tuple(points), state)
+
+
+def _move(selection: Selection, tuned: dict[str, Tensor], alpha: float) -> None:
+    interpolate(selection, tuned, alpha, "the fine-tuned model")
+
+
+def _selector(group: str, picked: Selection, selection: Selection) -> str:
+    """Return the selector of the parameters alone."""
+    if picked == selection:
+        return group
+    names = " | ".join(f'"{name}"' for name in selection)
+    return f"({group}) & ({names})"
+
+
+def _device(model: nn.Module, x: Tensor) -> torch.device:
+    return next((tensor.device for tensor in model.parameters()), x.device)
+
+
+def _shifted(progress: Progress | None, images: int) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda what, done, total: progress(what, images + done, images + total)

@@ -1,0 +1,188 @@
+"""The matrix: selectors x optimizers x signals x starts x models, and all else that a phase can do, in covering rows.
+
+In the rows every two levels of different axes meet. For each row: what is frozen is bit-equal, parameters and buffers, in
+the whole phase and while a group has no turn; what is trained moves; the passes are those foretold; and a resume from
+every step k of 12 ends with the same bits. Not among the starts are those that need a study: `from`, `load`, `rewind`.
+"""
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from robustlayers.selection import is_norm
+from robustlayers.training import PhaseTrainer
+
+_spec = importlib.util.spec_from_file_location("matrix", Path(__file__).with_name("matrix.py"))
+assert _spec is not None and _spec.loader is not None
+matrix = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(matrix)
+
+STEPS = matrix.STEPS
+ROWS = matrix.covering(matrix.AXES)
+MORE_ROWS = matrix.covering(matrix.MORE_AXES)
+
+
+def cross_product():
+    """Every selector with every signal and every optimizer; the other axes take turns."""
+    axes = matrix.AXES
+    cells = itertools.product(axes["selector"], axes["optimizer"], axes["signals"])
+    others = {axis: levels for axis, levels in axes.items() if axis not in ("selector", "optimizer", "signals")}
+    for place, cell in enumerate(cells):
+        row = dict(zip(("selector", "optimizer", "signals"), cell, strict=True))
+        for index, (axis, levels) in enumerate(others.items()):
+            possible = [level for level in levels if all(matrix.fits((axis, level), other) for other in row.items())]
+            row[axis] = possible[(place + place // (index + 5)) % len(possible)]
+        yield row
+
+
+def named(row):
+    return "-".join(row.values())
+
+
+# -- what is compared ------------------------------------------------------------------------------------------------
+
+
+def raw(tensor):
+    """The bits of a tensor."""
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
+
+
+def outcome(trainer):
+    """Everything that two equal runs share: weights, buffers, momenta, tallies in bits; rates; the ledger."""
+    rates = [group["lr"] for group in trainer.optimizer.param_groups] if trainer.optimizer else []
+    return {name: raw(tensor) for name, tensor in trainer.state().items()}, rates, trainer.ledger(), trainer.place
+
+
+def watched(row):
+    """A trainer of the row, and a journal of the images, labels and rates of each of its steps."""
+    trainer = matrix.trainer_of(row)
+    journal = []
+    step, update = trainer.step.__class__.__call__, trainer.update.step
+
+    class Watched(trainer.step.__class__):
+        def __call__(self, x, y, *, generator, turn):
+            journal.append((raw(x), raw(y), raw(generator.get_state()), str(turn)))
+            return step(self, x, y, generator=generator, turn=turn)
+
+    def updating():
+        journal.append([group["lr"] for group in trainer.update.param_groups])
+        update()
+
+    trainer.step.__class__ = Watched
+    trainer.update.step = updating
+    return trainer, journal
+
+
+def entries(tensor):
+    """The bits of every entry."""
+    kinds = {4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])
+
+
+def moved(selection, before, after):
+    """Tensors of a selection of which an entry changed between two states of a trainer."""
+    found = []
+    for name, mask in selection.parts.items():
+        differs = entries(before[f"model/{name}"]) != entries(after[f"model/{name}"])
+        if bool((differs if mask is None else differs[mask]).any()):
+            found.append(name)
+    return found
+
+
+def check_frozen(trainer, states):
+    """What is frozen never moves, nor does a group without a turn; parameters wait for the step that is theirs."""
+    partition, signals = trainer.partition, trainer.step.signals
+    drifts = {group for group, own in trainer.update.settings.groups.items() if own.drift}
+    for group, selection in partition.groups.items():
+        if not signals[group]:
+            assert moved(selection, states[0], states[-1]) == [], group
+            continue
+        for index in range(STEPS):
+            turn = trainer.program.turn(index)
+            some = moved(selection, states[index], states[index + 1])
+            if turn.learning is not None and group not in turn.learning:
+                assert some == [], (group, index)
+            elif turn.due is not None and group not in turn.due and group not in drifts:
+                assert [name for name in some if not partition.inventory[name].buffer] == [], (group, index)
+
+
+def silenced(trainer, name):
+    """Whether a parameter may stay: norm layers take away what a bias before them adds, and shares of it that round to 0."""
+    entry = trainer.partition.inventory[name]
+    return entry.attribute == "bias" and not any(map(is_norm, entry.owners)) and name in trainer.step.reached
+
+
+def check_moved(trainer, states):
+    """Every tensor that is trained moved, but those of the input's normalization, which nothing moves."""
+    for group, selection in trainer.partition.groups.items():
+        if trainer.step.signals[group]:
+            some = moved(selection, states[0], states[-1])
+            still = set(selection) - set(some)
+            assert some
+            assert {n for n in still if not n.startswith("normalize.") and not silenced(trainer, n)} == set(), group
+
+
+def check_counters(trainer, row, states):
+    """Each pass of an objective that statistics learn from updates them once, and no other pass does."""
+    if row["policy"] != "default" or row["turns"] != "steady" or trainer.update.slow:
+        return
+    runs = {"layer1.1.num_batches_tracked": 2} if row["model"] == "tied" else {}
+    for group, selection in trainer.partition.groups.items():
+        for name in selection:
+            if name.endswith("num_batches_tracked"):
+                count = int(states[-1][f"model/{name}"] - states[0][f"model/{name}"])
+                assert count == STEPS * len(trainer.step.signals[group]) * runs.get(name, 1), name
+
+
+# -- the test --------------------------------------------------------------------------------------------------------
+
+
+def check(row):
+    whole, journal = watched(row)
+    states, logs = [whole.state()], []
+    lines = [0]  # of the journal, before each step
+    for _ in range(STEPS):
+        log = whole.run(steps=1)
+        logs += [] if log is None else [log]
+        states.append(whole.state())
+        lines.append(len(journal))
+    end = outcome(whole)
+    assert whole.done == matrix.EPOCHS == len(logs)
+    whole.verify()
+    check_frozen(whole, states)
+    check_moved(whole, states)
+    check_counters(whole, row, states)
+    spent = sum(log.forward_passes for log in logs), sum(log.backward_passes for log in logs)
+    assert spent == whole.passes()
+
+    for k in range(1, STEPS):
+        resumed, again = watched(row)
+        resumed.load_state(states[k])
+        assert outcome(resumed)[0].items() == {name: raw(tensor) for name, tensor in states[k].items()}.items()
+        ahead = any(whole.program.learned(index) for index in range(k, STEPS))
+        assert any(raw(t) != end[0][name] for name, t in states[k].items() if name.startswith("model/")) == ahead
+        later = [resumed.train_epoch() for _ in range(resumed.done, matrix.EPOCHS)]
+        assert outcome(resumed) == end, k
+        assert again == journal[lines[k] :], k
+        told = [(log.epoch, log.loss, log.forward_passes, log.backward_passes) for log in later]
+        assert told == [(log.epoch, log.loss, log.forward_passes, log.backward_passes) for log in logs[-len(later) :]]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=named)
+def test_a_phase_keeps_its_promises_and_goes_on_from_every_step(row):
+    check(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", MORE_ROWS, ids=named)
+def test_so_it_does_with_more_levels(row):
+    check(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", list(cross_product()), ids=named)
+def test_so_it_does_with_every_selector_signal_and_optimizer(row):
+    check(row)
