@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
@@ -66,3 +67,8 @@ def test_links_between_documents_lead_somewhere() -> None:
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_page_about_loops_of_ones_own_runs() -> None:
+    found = doctest.testfile(str(ROOT / "docs" / "own-loop.md"), module_relative=False)
+    assert found.failed == 0 and found.attempted > 10

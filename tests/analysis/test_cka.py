@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from robustlayers import models
-from robustlayers.analysis import activations
-from robustlayers.analysis.activations import Layer
+from robustlayers.analysis.activations import Layer, activations
 from robustlayers.analysis.cka import CKA, Block, Parting, center, cka, gram
 from robustlayers.core.errors import UserError
 
@@ -98,7 +97,7 @@ def test_the_mean_for_independent_features_at_64_samples_is_zero_only_unbiased(e
         k, el = (center(gram(features), estimator) for features in (x, y))
         draws.append(float((k * el).sum() / (k.norm() * el.norm())))
     error = np.std(draws, ddof=1) / math.sqrt(len(draws))
-    assert (abs(np.mean(draws)) < 3 * error) is unbiased
+    assert bool(abs(np.mean(draws)) < 3 * error) is unbiased
 
 
 def test_streaming_is_the_same_as_all_features_at_once(net, batch):

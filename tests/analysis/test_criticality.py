@@ -105,7 +105,9 @@ def test_a_fresh_draw_is_that_of_its_seed_and_of_the_builder():
     state = torch.get_rng_state()
     one, two, other = fresh_state(model, 1), fresh_state(model, 1), fresh_state(model, 2)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(one["conv1.weight"], two["conv1.weight"]) and not torch.equal(one["conv1.weight"], other["conv1.weight"])
+    assert torch.equal(one["conv1.weight"], two["conv1.weight"]) and not torch.equal(
+        one["conv1.weight"], other["conv1.weight"]
+    )
     assert torch.equal(one["bn1.running_var"], torch.ones(3))
     assert not torch.equal(one["conv1.weight"], model.state_dict()["conv1.weight"])
 
@@ -153,7 +155,7 @@ def test_scores_are_what_the_selectors_read(learned, tmp_path):
 def test_scores_that_no_selector_could_read_are_errors(tmp_path, scores, text):
     with pytest.raises(UserError, match=text):
         write_scores(tmp_path / "scores.csv", scores)
-    with pytest.raises(UserError, match="does not end in .csv"):
+    with pytest.raises(UserError, match=r"does not end in \.csv"):
         write_scores(tmp_path / "scores.txt", [])
 
 

@@ -97,7 +97,11 @@ def test_nothing_is_left_behind(learned, no_trace):
 
     with no_trace(model), pytest.raises(KeyboardInterrupt):
         interpolation(model, other, "all", x, y, positions=[0.3], recalibrate_on=x[:20], progress=stop)
-    with no_trace(model), pytest.raises(KeyboardInterrupt), on_line(model, start, resolve(Inventory(model), "all"), 0.3):
+    with (
+        no_trace(model),
+        pytest.raises(KeyboardInterrupt),
+        on_line(model, start, resolve(Inventory(model), "all"), 0.3),
+    ):
         raise KeyboardInterrupt
 
 
@@ -156,7 +160,7 @@ def test_user_errors(learned):
     for positions in ([], [1, 0], [0, 0], [-0.1], [1.1]):
         with pytest.raises(UserError, match="positions"):
             interpolation(model, start, "all", x, y, positions=positions)
-    with pytest.raises(UserError, match="the start has no tensor '7.weight'"):
+    with pytest.raises(UserError, match=r"the start has no tensor '7\.weight'"):
         interpolation(model, {}, {"head": "'7'"}, x, y)
     with pytest.raises(UserError, match=r"4.weight is \[5\], the model has \[6\]"):
         interpolation(model, {**start, "4.weight": torch.ones(5)}, {"g": "'4'"}, x, y)

@@ -105,7 +105,9 @@ def test_a_dead_layer_is_the_least_critical_and_norm_layers_count_too(learned):
     model, _, x, y = learned
     with torch.no_grad():
         model[0].bias.zero_()
-    found = robust_criticality(model, {"zeros": '"0.bias"', "norms": "norm", "first": "'0'", "head": "'7'"}, x, y, ATTACK)
+    found = robust_criticality(
+        model, {"zeros": '"0.bias"', "norms": "norm", "first": "'0'", "head": "'7'"}, x, y, ATTACK
+    )
     rows = {row.group: row for row in found.results}
     assert rows["zeros"].radius == rows["zeros"].rise == 0 and found.least.group == "zeros"
     assert all(rows[name].rise > 0.01 for name in ("norms", "first", "head"))
@@ -118,7 +120,7 @@ def test_a_part_of_a_tensor_moves_alone(learned):
         robust_criticality(model, {"g": selector}, x, y, None, steps=3).results[0]
         for selector in ("'3'", "channels('3', share=0.5) & conv")
     )
-    assert 0 < part.rise and part.norm < whole.norm
+    assert part.rise > 0 and part.norm < whole.norm
     assert part.names == () and part.parameters < whole.parameters
 
 

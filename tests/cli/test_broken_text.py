@@ -195,9 +195,9 @@ CASES = {
     "norm linff": (
         "norm: linf,",
         "norm: linff,",
-        "9: threat.norm: unknown value 'linff'; nearest: linf; allowed: l2, linf",
+        "9: threat.norm: unknown value 'linff'; nearest: linf; allowed: l1, l2, linf",
     ),
-    "norm 2": ("norm: linf,", "norm: 2,", "9: threat.norm: 2 is not allowed; allowed: linf or l2"),
+    "norm 2": ("norm: linf,", "norm: 2,", "9: threat.norm: 2 is not allowed; allowed: linf, l2 or l1"),
     "optimizer": (
         LR,
         LR.replace("lr: 0.05", "name: sdg"),

@@ -19,7 +19,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 COMMANDS = ["plan", "run", "groups", "report", "rows", "verify", "data"]
 COLUMNS = ["study", "arm", "factor:group", "run", "seed", "checkpoint", "metric", "value", "count", "total", "split"]
-COLUMNS += ["attack", "normalization", "epoch", "flags"]
+COLUMNS += ["attack", "normalization", "epoch", "flags", "phase", "group", "hash_before", "hash_after"]
 FAST = """\
 question: Does it run?
 data: {name: fashion-mnist-mini, validation: 0.01, train_images: 40, test_images: 20}

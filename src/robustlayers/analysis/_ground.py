@@ -322,7 +322,9 @@ def attacked(
     check_batch_size(batch_size)
     device = device_of(model, x)
     with torch.inference_mode(False):  # tensors from inference mode could not take part in a backward
-        x, y = (tensor.clone() if tensor.is_inference() else tensor for tensor in (images(x, device), y.to(device).long()))
+        x, y = (
+            tensor.clone() if tensor.is_inference() else tensor for tensor in (images(x, device), y.to(device).long())
+        )
     if attack is None:
         return x, y
     crafting = crafting_forward(model) if is_own(attack) else model

@@ -122,14 +122,14 @@ class Similarity:
         Its share of all layers is the summary number of block structure: 1 where all layers are alike, 1 / L where no two
         neighbors are, and 0 where not even a layer and itself are, which can be between two models. It depends on which
         layers are looked at: compare it between models with the same ones. Of several runs of the same length the first is
-        returned. (Block structure as in Nguyen et al. 2021, section 3.)
+        returned. (Block structure as in Nguyen et al. 2021.)
         """
         self.diagonal()
         alike = self.values >= least
         alike &= alike.T
         best, first = (0, 0), 0
         for last in range(len(alike)):
-            unlike = np.flatnonzero(~alike[first:last, last])
+            unlike = np.flatnonzero(~alike[first : last + 1, last])
             if len(unlike):
                 first += int(unlike[-1]) + 1
             if last + 1 - first > best[1] - best[0]:
@@ -208,8 +208,7 @@ def cka(
 
     Raises `UserError` for inputs that do not belong together, fewer than 4 samples, and a missing generator.
 
-    Source: Kornblith et al. 2019, section 3; minibatches: Nguyen et al. 2021, section 2.1; of robust networks: Cianfarani
-    et al. 2022.
+    Source: Kornblith et al. 2019, section 3; minibatches: Nguyen et al. 2021; of robust networks: Cianfarani et al. 2022.
 
     >>> net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5))
     >>> found = cka(net, torch.rand(20, 3, generator=torch.Generator().manual_seed(0)))
@@ -258,7 +257,7 @@ def center(grams: Tensor, estimator: Estimator = "unbiased") -> Tensor:
     """Return Gram matrices [..., n, n] centered so that the sum of the products of two is HSIC times n(n-3) or (n-1)^2.
 
     `biased` subtracts the means of rows and columns: HKH. `unbiased` does the same with the diagonal left out (Székely &
-    Rizzo 2014, definition 2), which turns the formula of the unbiased estimator into one sum of products.
+    Rizzo 2014), which turns the formula of the unbiased estimator into one sum of products.
     """
     n = grams.shape[-1]
     if estimator == "biased":

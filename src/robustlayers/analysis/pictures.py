@@ -75,7 +75,7 @@ def input_gradients(
     `x`: images [n, c, h, w], uint8 or floats in [0, 1]; `y`: labels [n]. The model runs in evaluation mode with norm layers
     by running statistics, and is left as it was. `progress("gradients", images done, images)`.
 
-    Source: the maps of Tsipras et al. 2019, section 3.
+    Source: the maps of Tsipras et al. 2019.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     >>> input_gradients(net, torch.rand(2, 1, 2, 2), torch.tensor([0, 1])).gradients.shape

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustlayers.analysis.activations import Layers, layers_of
+from robustlayers.analysis.activations import Layers, batches, layers_of
 from robustlayers.analysis.cka import Similarity, check_permutations, gram_batches, shuffle, sides_of
 from robustlayers.core.errors import UserError
 from robustlayers.evaluation import Progress
@@ -62,14 +62,14 @@ def procrustes(
     With `same_layer` each layer is compared with the same one of the other side only, the diagonal; all other values are
     NaN. Cost: for each batch and pair the singular values of an n x n matrix, about 10 ms for n = 250 on one core, once
     for every permutation; so choose few `layers`, or `same_layer`, or `pool`. Other arguments and errors as in `cka`;
-    `progress("procrustes", samples done, samples)`.
+    `progress("procrustes", layers done, layers of all batches)`.
 
-    Source: Ding et al. 2021 (Grounding representation similarity), section 2; Schönemann 1966.
+    Source: Schönemann 1966; as a distance of representations: Ding et al. 2021 (Grounding representation similarity).
 
     >>> net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5))
     >>> found = procrustes(net, torch.rand(20, 3, generator=torch.Generator().manual_seed(0)))
-    >>> round(float(found.distances[0, 0]), 5)
-    0.0
+    >>> round(float(found.values[0, 0]), 5)
+    1.0
     """
     check_permutations(permutations, generator)
     first = layers_of(model, layers, example=x)
@@ -77,26 +77,30 @@ def procrustes(
     second = sides[-1].layers
     if same_layer and len(first) != len(second):
         raise UserError(f"same_layer needs as many layers on both sides; got {len(first)} and {len(second)}")
-    pairs = [(i, j) for i in range(len(first)) for j in range(len(second)) if i == j or not same_layer]
+    wanted = [[j for j in range(len(second)) if i == j or not same_layer] for i in range(len(first))]
     values = np.full((len(first), len(second)), np.nan)
     chance = np.full((permutations, *values.shape), np.nan)
-    for array in (values, chance):
-        for i, j in pairs:
-            array[..., i, j] = 0
-    largest = 0
+    for i, columns in enumerate(wanted):
+        values[i, columns] = 0
+        chance[:, i, columns] = 0
+    largest, done = 0, 0
+    total = len(batches(len(x), batch_size, 2)) * len(first)
     symmetric = len(sides) == 1
-    for grams in gram_batches(sides, batch_size, pool=pool, least=2, what="procrustes", progress=progress):
+    for grams in gram_batches(sides, batch_size, pool=pool, least=2, what="procrustes", progress=None):
         mine = roots(grams[0])
         theirs = mine if symmetric else roots(grams[-1])
         n = grams[0].shape[-1]
         weight = n / len(x)
-        for i, j in pairs:
-            if not symmetric or i <= j:
-                values[i, j] += weight * nuclear(mine[i], theirs[j])
-        for draw in range(permutations):
-            order = shuffle(n, generator)
-            for i, j in pairs:
-                chance[draw, i, j] += weight * nuclear(mine[i], theirs[j][order])
+        orders = [shuffle(n, generator) for _ in range(permutations)]
+        for i, columns in enumerate(wanted):
+            for j in columns:
+                if not symmetric or i <= j:
+                    values[i, j] += weight * nuclear(mine[i], theirs[j])
+                for draw, order in enumerate(orders):
+                    chance[draw, i, j] += weight * nuclear(mine[i], theirs[j][order])
+            done += 1
+            if progress is not None:
+                progress("procrustes", done, total)
         largest = max(largest, n)
     if symmetric:
         values = np.where(np.tri(len(values), k=-1, dtype=bool), values.T, values)
@@ -126,8 +130,8 @@ def roots(grams: Tensor) -> list[Tensor]:
 
 
 def nuclear(one: Tensor, other: Tensor) -> float:
-    """Return the sum of the singular values of one' other, for matrices [n, p] and [n, q]."""
+    """Return the sum of the singular values of one' other, for [n, p] and [n, q] of norm 1: at most 1 up to rounding."""
     product = one.T @ other
     if not bool(product.isfinite().all()):
         return float("nan")
-    return float(torch.linalg.svdvals(product).sum())
+    return min(1.0, float(torch.linalg.svdvals(product).sum()))

@@ -11,7 +11,7 @@ drift to clean images; and alpha is chosen on images that the caller hands in, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlayers.analysis._axes import GRAY, SERIES, axes_or_new
-from robustlayers.analysis._ground import Bench, finite_row, put_back
+from robustlayers.analysis._ground import Bench, Quality, finite_row, put_back
 from robustlayers.attacks import Attack
 from robustlayers.core.errors import UserError
 from robustlayers.core.quantities import number
@@ -179,18 +179,32 @@ def rift(
             trainer.train_epoch(lambda batches, _, epoch=epoch: trained(epoch, batches))
         trainer.verify()
         tuned = snapshot(model)
-    points: list[RiftPoint] = []
+    qualities = {}
     for alpha in places:
-        (quality,) = bench.changed(model, f"alpha {alpha:g}", partial(_move, selection, tuned, alpha)).values()
-        robust = quality.robust_accuracy or 0.0
-        # A share of images is exact to a few times 1e-16 only, and a drop of just the tolerance is allowed.
-        fits = not points or robust >= points[0].robust_accuracy - allowed - 1e-12
-        points.append(RiftPoint(alpha, fits, **asdict(quality)))
-    chosen = max((p for p in points if p.allowed), key=lambda p: (p.clean_accuracy, p.robust_accuracy, -p.alpha))
+        change = partial(_move, selection, tuned, alpha)
+        (qualities[alpha],) = bench.changed(model, f"alpha {alpha:g}", change).values()
+    points = judged(qualities, allowed)
+    chosen = choose(points)
     with put_back(model):
         _move(selection, tuned, chosen.alpha)
         state = snapshot(model)
-    return Rift(group, chosen.alpha, allowed, tuple(points), state)
+    return Rift(group, chosen.alpha, allowed, points, state)
+
+
+def judged(qualities: Mapping[float, Quality], tolerance: float) -> tuple[RiftPoint, ...]:
+    """Return a point for each alpha: allowed where robust accuracy is at most `tolerance` below that at the first."""
+    robust = [quality.robust_accuracy or 0.0 for quality in qualities.values()]
+    # A share of images is exact to a few times 1e-16 only, and a drop of just the tolerance is allowed.
+    allowed = [one >= robust[0] - tolerance - 1e-12 for one in robust]
+    return tuple(
+        RiftPoint(alpha, fits, **asdict(quality))
+        for (alpha, quality), fits in zip(qualities.items(), allowed, strict=True)
+    )
+
+
+def choose(points: Sequence[RiftPoint]) -> RiftPoint:
+    """Return the allowed point of the best clean accuracy; of several that of the best robust one, then the first."""
+    return max((p for p in points if p.allowed), key=lambda p: (p.clean_accuracy, p.robust_accuracy, -p.alpha))
 
 
 def _move(selection: Selection, tuned: dict[str, Tensor], alpha: float) -> None:

@@ -45,19 +45,21 @@ def left_alone(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def on_branch(model: nn.Module, branch: str | None) -> Iterator[None]:
     """Set the branch of all layers that have one of that name; None leaves them. A name that no layer has is an error."""
-    able = [module for module in model.modules() if isinstance(getattr(module, "branches", None), tuple)]
-    chosen = [] if branch is None else [module for module in able if branch in module.branches]
+    able: list[tuple[Any, tuple[str, ...]]] = [
+        (module, names) for module in model.modules() if isinstance(names := getattr(module, "branches", None), tuple)
+    ]
+    chosen = [module for module, names in able if branch in names]
     if branch is not None and not chosen:
-        known = {str(name) for module in able for name in module.branches}
+        known = {str(name) for _, names in able for name in names}
         raise UserError(one_of(f"branch of {type(model).__name__}", branch, known))
     before = [module.branch for module in chosen]
     try:
         for module in chosen:
-            setattr(module, "branch", branch)  # noqa: B010  # type checkers take an attribute for a tensor
+            module.branch = branch
         yield
     finally:
         for module, own in zip(chosen, before, strict=True):
-            setattr(module, "branch", own)  # noqa: B010
+            module.branch = own
 
 
 def attacked(model: nn.Module, attack: Callable[..., Tensor], x: Tensor, y: Tensor | None, generator: Any) -> Tensor:
@@ -73,7 +75,7 @@ class Moments:
 
     def __init__(self, name: str, module: nn.Module, channels: int | None) -> None:
         self.name, self.module, self.channels = name, module, channels
-        self.forwards = 0
+        self.forwards = self.measured = 0
         self.mean = self.variance = torch.zeros(0, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
@@ -91,7 +93,8 @@ class Moments:
         # An image at a time as instance norm does it, else all images together.
         values = values if self._alone else values.transpose(0, 1).reshape(1, channels, -1)
         variance, mean = torch.var_mean(values, dim=2, correction=1)
-        share = 1 / self.forwards
+        self.measured += 1
+        share = 1 / self.measured
         if not len(self.mean):
             self.mean, self.variance = variance.new_zeros(channels), variance.new_zeros(channels)
         self.mean = self.mean.lerp(mean.mean(0), share)
@@ -118,8 +121,9 @@ class Observation:
         self, model: nn.Module, moments: Mapping[str, Moments], parameters: Mapping[str, nn.Parameter], by: By
     ) -> None:
         self.model, self.moments, self.parameters = model, moments, parameters
-        self.settings: dict[nn.Module, Setting] = {norm: (by, False) for norm in norm_layers(model).values()}
+        self.settings: dict[nn.Module, Setting] = dict.fromkeys(norm_layers(model).values(), (by, False))
         self.images = 0
+        self.reached: set[str] = set()
         self.gradients = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
 
     def run(self, x: Tensor, y: Tensor | None) -> None:
@@ -136,23 +140,26 @@ class Observation:
             ):
                 logits = self.model(x.detach().clone())  # a copy: the caller may be in inference mode
                 if y is not None and learning:
-                    self._learn(_loss(logits, y), len(x))
+                    self._learn(_loss(logits, y))
+                    self.images += len(x)
         finally:
             for parameter in wanted if learning else ():
                 parameter.requires_grad_(False)
 
     def rate(self, name: str) -> float | None:
-        """Return ||g|| / ||w|| of a tensor; None without gradients, and for a tensor that is 0."""
-        if name not in self.parameters or not self.images:
+        """Return ||g|| / ||w|| of a tensor; None for one that got no gradient, and for one that is 0."""
+        if name not in self.reached:
             return None
         return relative_norm(self.gradients[name] / self.images, self.parameters[name])
 
-    def _learn(self, loss: Tensor, images: int) -> None:
+    def _learn(self, loss: Tensor) -> None:
+        if not loss.requires_grad:  # the output depends on none of the parameters
+            return
         found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         for name, gradient in zip(self.parameters, found, strict=True):
             if gradient is not None:
                 self.gradients[name] += gradient
-        self.images += images
+                self.reached.add(name)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -173,10 +180,7 @@ def _loss(logits: Any, y: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or y.shape != logits.shape[:1] or y.is_floating_point():
         what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(
-            f"norm report: gradients need logits [n, classes] and integer labels [n]; got {what} and {list(y.shape)}; "
-            "without gradients=False, or batches without labels, they are computed"
+            "norm report: gradients need logits [n, classes] and integer labels [n]; got "
+            f"{what} and {y.dtype} {list(y.shape)}"
         )
-    loss = functional.cross_entropy(logits, y, reduction="sum")
-    if not loss.requires_grad:
-        raise UserError("norm report: the model's output does not depend on its norm layers' parameters")
-    return loss
+    return functional.cross_entropy(logits, y, reduction="sum")

@@ -3,56 +3,106 @@
 How torch's `_BatchNorm.forward` is steered without changing it: `training` decides between batch and running statistics,
 and `track_running_stats=False` on a training layer makes it normalize by the batch without touching its buffers. A layer
 of another class, of which only its user knows what it does to its buffers, gets copies of them for a pass that may not
-change them.
+change them. What that does not reach is done by a forward of the instance, which sets the layer for each call anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from robustlayers.selection.inventory import is_norm
+from robustlayers.core.errors import Fault, UserError, one_of
+from robustlayers.core.quantities import number
+from robustlayers.selection.inventory import Inventory, is_norm
+from robustlayers.selection.selectors import resolve
 
-__all__ = ["Setting", "inference", "normalizing"]
+__all__ = [
+    "STATISTICS",
+    "By",
+    "Setting",
+    "Snapshot",
+    "check_setting",
+    "inference",
+    "layers_of",
+    "normalization",
+    "normalizing",
+    "statistics_of",
+]
 
-Setting = tuple[Literal["batch", "running"], bool]
-"""(normalize by, update the running statistics)"""
+STATISTICS = ("batch", "running", "frozen", "mixture")
+By = Literal["batch", "running", "frozen", "mixture"]
+
+Snapshot = Mapping[nn.Module, Mapping[str, Tensor]]
+"""norm layer -> buffer's name -> its value at some time"""
+
+
+class Setting(NamedTuple):
+    """What one norm layer does in one pass.
+
+    `by` the statistics of the `batch`, the `running` ones, the `frozen` ones of a snapshot, or a `mixture`:
+    alpha batch + (1 - alpha) running, of mean and of variance. None: as the layer's mode says.
+    `update` the running statistics by the batch, with the layer's own `momentum`, another one, or `cumulative`: the mean of
+    all batches since the counter began.
+    """
+
+    by: By | None
+    update: bool | None
+    momentum: float | Literal["cumulative"] | None = None
+    alpha: float | None = None
+    branch: str | None = None
+    condition: float | None = None
+
+    @property
+    def still(self) -> bool:
+        """Whether it is evaluation mode: by running statistics without an update."""
+        return self.by == "running" and not self.update
+
+
+_RUNNING = Setting("running", False)
 
 
 @contextmanager
 def normalizing(
-    model: nn.Module, settings: Mapping[nn.Module, Setting], *, training: bool, moving: Collection[nn.Module] = ()
+    model: nn.Module,
+    settings: Mapping[nn.Module, Setting | tuple[By, bool]],
+    *,
+    training: bool,
+    moving: Collection[nn.Module] = (),
+    frozen: Snapshot | None = None,
+    strict: bool = False,
 ) -> Iterator[None]:
     """Run one pass with each norm layer as `settings` says and all other modules in `training` or evaluation mode.
 
     Norm layers without a setting normalize by running statistics. On exit, also after an exception, every module has the
-    mode and every norm layer the attributes it had before. Contexts nest.
+    mode and every norm layer the attributes it had before. Contexts nest; the innermost holds.
 
     `moving` are norm layers whose running statistics change between this pass and its backward: they normalize by copies.
     Autograd keeps the statistics of the pass by reference, and torch updates them without telling autograd, so that the
-    gradient would silently be taken at the new ones.
+    gradient would silently be taken at the new ones. `frozen` are the statistics of layers with that setting. `strict`
+    holds the settings also against a `model.train()` or `model.eval()` inside the block.
     """
     modules = list(model.modules())
     modes = [module.training for module in modules]
-    undo: list[Callable[[], object]] = []
-    try:
+    scope = _Scope()
+    with ExitStack() as undo:
+        # Last of all, since it undoes what the block did to modes too.
+        undo.callback(_put_modes_back, modules, modes)
+        undo.callback(scope.end)
         for module in modules:
             if is_norm(module):
-                by, update = settings.get(module, ("running", False))
-                _set(module, by, update, undo, moving=module in moving)
+                setting = Setting(*settings.get(module, _RUNNING))
+                _choose(module, setting, undo)
+                module.training = setting.by == "batch"
+                steer = _Steer(module, setting, module in moving, None if frozen is None else frozen.get(module), scope)
+                _set(steer, undo, strict=strict)
             else:
                 module.training = training
         yield
-    finally:
-        for step in reversed(undo):
-            step()
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 @contextmanager
@@ -71,60 +121,344 @@ def inference(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _set(module: nn.Module, by: str, update: bool, undo: list[Callable[[], object]], *, moving: bool) -> None:
-    module.training = by == "batch"
-    if not any(buffer is not None for buffer in module._buffers.values()):
-        return  # no running statistics: nothing to keep still, nothing to update
-    current = vars(module).get("forward")
-    if isinstance(current, _UpdatingForward):  # of a context around this one
-        undo.append(partial(setattr, module, "forward", current))
-        module.forward = current.plain
-    if update:
-        if by == "running":
-            undo.append(partial(_put_back, module, "forward", vars(module).get("forward")))
-            module.forward = _UpdatingForward(module)
+@contextmanager
+def normalization(
+    model: nn.Module,
+    by: By | None = None,
+    update: bool | None = None,
+    *,
+    alpha: float | str | None = None,
+    momentum: float | str | None = None,
+    branch: str | None = None,
+    condition: float | None = None,
+    select: str = "norm",
+) -> Iterator[None]:
+    """Say what the norm layers of any model do in the forwards inside the block.
+
+    `by`: normalize by the statistics of the `batch`, the `running` ones, the `frozen` ones (the running ones as they are
+    on entry), or a `mixture`, with mean = alpha mean_batch + (1 - alpha) mean_running and the variance alike, through which
+    the gradient goes. `update`: whether each forward moves the running statistics, with the layer's own `momentum`, another
+    one in (0, 1], or `"cumulative"`. `branch`: of the layers that have it (`main`, `auxiliary`, ...). `condition`: in
+    [0, 1], of conditional layers. `select`: a selector; a layer is meant as a whole if any of its tensors is picked.
+
+    Left out, `by` is what the mode of each layer says, and with neither `by` nor `update` statistics are as ever; with `by`
+    alone nothing is updated. Modes are not touched: `model.train()` and `model.eval()` inside mean what they mean for every
+    other module and last, while the norm layers do what was said. Blocks nest: the inner one holds, what it leaves open is
+    the outer one's. On exit, also after an exception, everything but updated statistics is as before. Layers without
+    running statistics normalize as they always do.
+
+    Covered are torch's norm layers, their subclasses, and classes with `is_normalization = True`; `mixture` takes batch
+    norm only. The mixture of subsets of a batch on several devices is that of each subset. Mixture: Schneider et al. 2020
+    (arXiv 2006.16971), there for test batches.
+
+    Raises `UserError` for a selector that picks no norm layer, a branch or condition that none has, and a setting that a
+    layer cannot follow.
+
+    >>> net = nn.Sequential(nn.BatchNorm1d(1)).eval()
+    >>> x = torch.tensor([[1.0], [3.0]])
+    >>> with normalization(net, by="batch"):
+    ...     net(x).flatten().detach().round()
+    tensor([-1.,  1.])
+    >>> with normalization(net, by="running", update=True):
+    ...     _ = net(x)
+    >>> net[0].running_mean
+    tensor([0.2000])
+    """
+    if by is not None and by not in STATISTICS:
+        raise UserError(one_of("statistics to normalize by", str(by), STATISTICS))
+    if update is None and by is not None and momentum is not None:
+        raise UserError("momentum: nothing is updated; add update=True")
+    setting = Setting(by, update, checked_momentum(momentum), checked_alpha(by, alpha), branch, condition)
+    layers = layers_of(Inventory(model), select)
+    check_choice(layers, setting)
+    faults = [Fault(text) for layer, name in layers.items() if (text := check_setting(layer, setting, name))]
+    if faults:
+        raise UserError(faults)
+    scope = _Scope()
+    snapshot = statistics_of(layers) if by == "frozen" else {}
+    with ExitStack() as undo:
+        undo.callback(scope.end)
+        for module in layers:
+            _choose(module, setting, undo)
+            outer = vars(module).get("forward")
+            filled = setting
+            if isinstance(outer, _Steer) and outer.scope.active:
+                filled = _filled(setting, outer.setting)
+            if filled.by is None and filled.update is None:
+                continue
+            if filled.update is None:
+                filled = filled._replace(update=False)
+            values = snapshot.get(module)
+            if setting.by is None and isinstance(outer, _Steer):
+                values = outer.frozen
+            _set(_Steer(module, filled, False, values, scope), undo, strict=True)
+        yield
+
+
+def layers_of(inventory: Inventory, select: str) -> dict[nn.Module, str]:
+    """Return the norm layers that a selector picks, with all norm layers inside them, and a name of each.
+
+    A layer is picked as a whole if any of its tensors is; `norm` picks those without tensors too. Raises `UserError` where
+    there is none.
+    """
+    model = inventory.model
+    names = {module: name for name, module in model.named_modules() if is_norm(module)}
+    if select == "norm":
+        if not names:
+            raise UserError(f"{type(model).__name__} has no norm layers")
+        return names
+    selection = resolve(inventory, select)
+    owners = {owner for name in selection for owner in inventory.entries[name].owners}
+    inside: set[nn.Module] = set()
+    chosen: dict[nn.Module, str] = {}
+    for module in names:  # from the outermost to the innermost
+        if module in inside:
+            continue
+        parts = [part for part in module.modules() if part in names]
+        inside.update(parts)
+        if not owners.isdisjoint(module.modules()):
+            chosen.update((part, names[part]) for part in parts)
+    if not chosen:
+        raise UserError(f"selector {select!r} picks no norm layer of {type(model).__name__}")
+    return chosen
+
+
+def statistics_of(modules: Iterable[nn.Module]) -> dict[nn.Module, dict[str, Tensor]]:
+    """Return copies of the buffers of norm layers, for a later pass by `frozen` statistics."""
+    return {module: _copies(module) for module in modules if _has_statistics(module)}
+
+
+def checked_alpha(by: str | None, alpha: float | str | None) -> float | None:
+    """Return the share of the batch in a mixture, in [0, 1]; `UserError` where it is missing or has no mixture."""
+    if (by == "mixture") != (alpha is not None):
+        raise UserError("alpha, the share of the batch from 0 to 1, goes with by: mixture, and the other way round")
+    if alpha is None:
+        return None
+    value = number(alpha, "alpha")
+    if not 0 <= value <= 1:
+        raise UserError(f"alpha: {value:g} is not allowed; allowed: 0 to 1, the share of the batch")
+    return value
+
+
+def checked_momentum(momentum: float | str | None) -> float | Literal["cumulative"] | None:
+    """Return a momentum in (0, 1], `cumulative`, or None for the layer's own."""
+    if momentum is None or momentum == "cumulative":
+        return momentum
+    try:
+        value = number(momentum, "momentum")
+    except UserError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise UserError(f"momentum: {momentum} is not allowed; allowed: more than 0 up to 1, or cumulative")
+    return value
+
+
+def check_setting(module: nn.Module, setting: Setting, name: str) -> str | None:
+    """Return what keeps a norm layer from following a setting, or None."""
+    if not _has_statistics(module):
+        return None
+    what = f"{name or 'the model'}: {type(module).__name__}"
+    if setting.by == "mixture" and not _mixes(module):
+        return f"{what} has no running mean and variance per channel to mix; allowed: batch norm"
+    if setting.momentum is not None and setting.update is not False:
+        if not isinstance(getattr(module, "momentum", ""), float | int | None):
+            return f"{what} has no momentum to set"
+        if setting.momentum == "cumulative" and isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            return f"{what} does not count its batches, so there is no cumulative average"
+    return None
+
+
+def check_choice(layers: Iterable[nn.Module], setting: Setting) -> None:
+    """Raise `UserError` for a branch or a condition that no layer has."""
+    branches = {branch: None for layer in layers for branch in getattr(layer, "branches", ())}
+    if setting.branch is not None and setting.branch not in branches:
+        if not branches:
+            raise UserError(f"branch {setting.branch!r}: no norm layer has branches; norm=dual, for one, makes them")
+        raise UserError(one_of("branch", setting.branch, branches))
+    if setting.condition is not None and not any(_is_conditional(layer) for layer in layers):
+        raise UserError("condition: no norm layer is conditional (norm=film)")
+
+
+# -- one layer -----------------------------------------------------------------------------------------------------
+
+
+class _Scope:
+    """Whether a block is still open: a copy of a model that was made inside one must not stay steered."""
+
+    def __init__(self) -> None:
+        self.active = True
+
+    def end(self) -> None:
+        self.active = False
+
+    def __deepcopy__(self, memo: Any) -> _Scope:
+        return self
+
+
+_ABSENT = object()
+
+
+class _Steer:
+    """The forward of one layer under a setting; the layer's own attributes are as they were after each call."""
+
+    def __init__(
+        self, module: nn.Module, setting: Setting, moving: bool, frozen: Mapping[str, Tensor] | None, scope: _Scope
+    ) -> None:
+        if setting.by == "mixture" and setting.alpha in (0, 1):  # exactly what torch does
+            setting = setting._replace(by="batch" if setting.alpha == 1 else "running", alpha=None)
+        self.module, self.setting, self.moving, self.frozen, self.scope = module, setting, moving, frozen, scope
+        self.plain: Callable[..., Any] = module.forward
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if not self.scope.active:
+            return self.plain(*inputs, **named)
+        module, own = self.module, vars(self.module)
+        before = {name: own.get(name, _ABSENT) for name in ("training", "track_running_stats", "momentum")}
+        buffers = dict(module._buffers)
+        by = self.setting.by or ("batch" if module.training else "running")
+        try:
+            if by == "batch" and self.setting.update:
+                return self._updating(*inputs, **named)
+            try:
+                output = self._still(by, inputs, named)
+            finally:
+                module._buffers.update(buffers)
+            if self.setting.update:
+                with torch.no_grad():
+                    self._updating(*inputs, **named)  # each kind of layer knows its own update
+            return output
+        finally:
+            for name, value in before.items():
+                if value is not _ABSENT:
+                    own[name] = value
+                else:
+                    own.pop(name, None)
+
+    def _updating(self, *inputs: Any, **named: Any) -> Any:
+        own = vars(self.module)
+        own["training"] = True
+        if self.setting.momentum is not None:
+            own["momentum"] = None if self.setting.momentum == "cumulative" else self.setting.momentum
+        return self.plain(*inputs, **named)
+
+    def _still(self, by: str, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Normalize without a change of the buffers, for which the caller puts the layer's own back."""
+        module, own = self.module, vars(self.module)
+        own["training"] = by == "batch"
+        if by == "frozen" and self.frozen is not None:
+            lent = {name: _alike(value, module._buffers[name]) for name, value in self.frozen.items()}
+            module._buffers.update(lent if _is_torchs(module) else {name: t.clone() for name, t in lent.items()})
+        elif by == "mixture":
+            return self._mixed(inputs, named)
+        elif by == "batch" and _is_torchs(module):
+            own["track_running_stats"] = False
+        elif by == "batch" or self.moving or self.setting.update or not _is_torchs(module):
+            module._buffers.update(_copies(module))  # for the backward too, which an update must not reach
+        return self.plain(*inputs, **named)
+
+    def _mixed(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Hand on an input that is normalized already, and statistics that leave it so: mean 0, variance 1 - eps.
+
+        Through the running statistics themselves no gradient goes in torch, and that of the batch's has to.
+        """
+        module, alpha = self.module, self.setting.alpha
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm) and alpha is not None
+        running_mean, running_var = module.running_mean, module.running_var
+        assert running_mean is not None and running_var is not None
+        x: Tensor = inputs[0] if inputs else named["input"]
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        var, mean = torch.var_mean(wide, (0, *range(2, x.dim())), correction=0)
+        mean = alpha * mean + (1 - alpha) * running_mean
+        var = alpha * var + (1 - alpha) * running_var
+        shape = (1, -1, *(1,) * (x.dim() - 2))
+        y = ((wide - mean.view(shape)) * torch.rsqrt(var + module.eps).view(shape)).to(x.dtype)
+        module._buffers.update(
+            running_mean=torch.zeros_like(running_mean), running_var=torch.full_like(running_var, 1 - module.eps)
+        )
+        return self.plain(y)
+
+
+def _set(steer: _Steer, undo: ExitStack, *, strict: bool) -> None:
+    module, setting = steer.module, steer.setting
+    if not _has_statistics(module):
+        return  # nothing to keep still, nothing to update
+    current = vars(module).get("forward", _ABSENT)
+    if isinstance(current, _Steer):  # of a block around this one
+        steer.plain = current.plain
+    simple = setting.by in ("batch", "running") and setting.momentum is None and not strict
+    if not simple or (setting.by == "running" and setting.update):
+        undo.callback(_put_back, module, "forward", current)
+        vars(module)["forward"] = steer
         return
-    # Instance norm hands its buffers on whenever it normalizes by the input.
-    known = isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.nn.")
-    if known and by == "batch":
-        undo.append(partial(setattr, module, "track_running_stats", module.track_running_stats))
+    if isinstance(current, _Steer):
+        undo.callback(_put_back, module, "forward", current)
+        vars(module)["forward"] = current.plain
+    if setting.update:
+        return
+    known = _is_torchs(module)
+    if known and setting.by == "batch":
+        undo.callback(setattr, module, "track_running_stats", module.track_running_stats)
         setattr(module, "track_running_stats", False)  # noqa: B010  # type checkers take an attribute for a tensor
-    elif moving or not known:
-        undo.append(_lend_copies(module))
+    elif steer.moving or not known:
+        undo.callback(module._buffers.update, dict(module._buffers))
+        module._buffers.update(_copies(module))
+
+
+def _choose(module: nn.Module, setting: Setting, undo: ExitStack) -> None:
+    """Set the branch and the condition of a layer that has them."""
+    if setting.condition is not None and _is_conditional(module):
+        from robustlayers.normalization.layers.film import conditioned
+
+        undo.enter_context(conditioned(module, setting.condition))
+    if setting.branch is not None and setting.branch in getattr(module, "branches", ()):
+        undo.callback(partial(setattr, module, "branch", module.branch))
+        module.branch = setting.branch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _filled(setting: Setting, outer: Setting) -> Setting:
+    """Return a setting with what it leaves open as the block around it has it."""
+    if setting.by is None:
+        setting = setting._replace(by=outer.by, alpha=outer.alpha)
+    if setting.update is None:
+        setting = setting._replace(update=outer.update, momentum=outer.momentum)
+    return setting
+
+
+def _put_modes_back(modules: list[nn.Module], modes: list[bool]) -> None:
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode
 
 
 def _put_back(module: nn.Module, name: str, value: object) -> None:
-    if value is None:
-        delattr(module, name)
+    if value is _ABSENT:
+        vars(module).pop(name, None)
     else:
-        setattr(module, name, value)
+        vars(module)[name] = value
 
 
-def _lend_copies(module: nn.Module) -> Callable[[], None]:
-    """Put copies in the place of the buffers; return what puts the buffers back."""
-    buffers = dict(module._buffers)
-    module._buffers.update(
-        {name: None if buffer is None else buffer.detach().clone() for name, buffer in buffers.items()}
-    )
-    return lambda: module._buffers.update(buffers)
+def _has_statistics(module: nn.Module) -> bool:
+    return any(buffer is not None for buffer in module._buffers.values())
 
 
-class _UpdatingForward:
-    """The forward of a layer that normalizes by its running statistics and updates them by the batch afterwards."""
+def _is_torchs(module: nn.Module) -> bool:
+    # Instance norm hands its buffers on whenever it normalizes by the input.
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).__module__.startswith("torch.nn.")
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.plain = module, module.forward
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        put_back = _lend_copies(self.module)  # the update must not reach what autograd keeps for the backward
-        try:
-            output = self.plain(*inputs, **named)
-        finally:
-            put_back()
-        self.module.training = True
-        try:
-            with torch.no_grad():
-                self.plain(*inputs, **named)  # each kind of layer knows its own update
-        finally:
-            self.module.training = False
-        return output
+def _mixes(module: nn.Module) -> bool:
+    batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return batch and module.running_mean is not None and module.running_var is not None
+
+
+def _is_conditional(module: nn.Module) -> bool:
+    from robustlayers.normalization.layers.film import FilmNorm
+
+    return isinstance(module, FilmNorm)
+
+
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in module._buffers.items() if buffer is not None}
+
+
+def _alike(value: Tensor, buffer: Tensor | None) -> Tensor:
+    return value if buffer is None else value.to(buffer)  # the model may have been moved or converted since

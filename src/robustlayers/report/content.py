@@ -148,6 +148,7 @@ def _phase(phase: PhaseLine) -> PhaseContent:
         ),
         ("Passes per seed", f"{compact(phase.forward_passes)} forward, {compact(phase.backward_passes)} backward"),
     ]
+    terms = [(name, text) for name, text in terms if text]
     headings = [
         (
             group,

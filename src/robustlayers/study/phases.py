@@ -235,6 +235,8 @@ def build_trainer(
 
 def phase_content(recipe: Recipe, phase: PhaseConfig, attack: Callable[[Any], Any]) -> dict[str, Any]:
     """Return what decides a phase's result beside its groups and starts; options of a later version count where used."""
+    if phase.kind != "train":
+        return {**_change_content(phase), "attack": _attack_content(recipe, phase, attack)}
     content = phase.model_dump(
         mode="json",
         include={"name", "epochs", "batch_size", "optimizer", "schedule", "normalization"},
@@ -268,10 +270,23 @@ def phase_content(recipe: Recipe, phase: PhaseConfig, attack: Callable[[Any], An
         content["average"] = asdict(average)
     if phase.stop is not None:
         content["stop"] = phase.stop.model_dump(mode="json")
-    if phase.recalibrate is not None:
-        content["recalibrate"] = phase.recalibrate.model_dump(mode="json")
+    return {**content, "attack": _attack_content(recipe, phase, attack)}
+
+
+def _change_content(phase: PhaseConfig) -> dict[str, Any]:
+    """Return what decides a phase that does not train: settings of training that it only inherits are no part of it."""
+    if phase.recalibrate is None:
+        return {"name": phase.name}
+    return {
+        "name": phase.name,
+        "batch_size": phase.batch_size,
+        "recalibrate": phase.recalibrate.model_dump(mode="json"),
+    }
+
+
+def _attack_content(recipe: Recipe, phase: PhaseConfig, attack: Callable[[Any], Any]) -> Any:
     made = input_attack(recipe, phase)
-    return {**content, "attack": None if made is None else attack(made)}
+    return None if made is None else attack(made)
 
 
 def _without_cycles(schedule: dict[str, Any]) -> None:

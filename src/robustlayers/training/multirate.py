@@ -10,7 +10,7 @@ Vlaar and Leimkuhler, "Multirate training of neural networks", ICML 2022.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -66,15 +66,18 @@ class Multirate:
         return due(self.settings, step, self.groups)
 
     @torch.no_grad()
-    def step(self, step: int) -> None:
-        """Update the parameters by their `grad` as step `step`; gradients of groups that are not due are left out."""
+    def step(self, step: int, still: Collection[str] = ()) -> None:
+        """Update the parameters by their `grad` as step `step`; gradients of groups that are not due are left out.
+
+        `still` are the names of tensors that no longer learn: the parts of a drift to come are left out too.
+        """
         resting: list[tuple[Tensor, Tensor | None]] = []
         for group in self.optimizer.param_groups:
             if "group" in group and step % _period(self.settings, group["group"]):
                 resting += [(parameter, parameter.grad) for parameter in group["params"]]
         before: dict[str, Tensor] = {}
         for name, parameter, every in self._drifting():
-            if step % every == 0:
+            if step % every == 0 or name in still:
                 self._parts.pop(name, None)
                 if parameter.grad is not None:
                     before[name] = parameter.clone()

@@ -181,7 +181,7 @@ class PhaseTrainer:
         for x, y in self._batches(epoch, self.within, stop):
             index, place = self.within, self.place
             turn = self.program.turn(place)
-            self.update.begin(place)
+            self.update.begin(place, turn.learning)
             with self._own_draws(epoch, index):
                 generator = stream(self.seed, "attack", epoch, index, device=self.device)
                 log = self.step(x, y, generator=generator, turn=turn)
@@ -232,7 +232,7 @@ class PhaseTrainer:
         optimizer, settings = self.update.optimizer, self.update.settings
         if optimizer is None or settings.rates == "fixed":
             return
-        turn = Turn(self.program.turn(self.place).learning, None, self.program.turn(self.place).eps)
+        turn = self._measuring(self.done)
         buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
         measured = []
         for index, (x, y) in enumerate(self._batches(epoch, 0, min(settings.rates_batches, self.batches))):
@@ -246,6 +246,14 @@ class PhaseTrainer:
             self._tally.add(found.log, {}, images=False)
             measured.append(relative_gradient_norms(optimizer, found.by_name))
         apply_rates(optimizer, average_norms(measured))
+
+    def _measuring(self, epoch: int) -> Turn:
+        """Return the turn that rates are measured in: that of the epoch's first step, with all who learn in the epoch."""
+        begins, ends = epoch * self.batches, min((epoch + 1) * self.batches, self.steps)
+        turns = [self.program.turn(index) for index in range(begins, ends)]
+        groups = [turn.learning for turn in turns if turn.learning is not None]
+        learning = frozenset().union(*groups) if len(groups) == len(turns) else None
+        return Turn(learning, None, turns[0].eps, turns[0].ascend)
 
     def _recalibrate(self, epoch: int, average: Average) -> None:
         """Estimate the averaged model's statistics on all training images, as they are without augmentation."""
@@ -268,8 +276,7 @@ class PhaseTrainer:
         settings = self.update.settings
         if settings.rates != "fixed" and self.update.optimizer is not None:
             for epoch in range(self.epochs):
-                turn = self.program.turn(epoch * self.batches)
-                one, two = self.step.passes_per_batch(Turn(turn.learning, None, turn.eps))
+                one, two = self.step.passes_per_batch(self._measuring(epoch))
                 images = sum(self.sizes[: settings.rates_batches])
                 forward, backward = forward + one * images, backward + two * images
         if self.average is not None and self.average.settings.statistics == "recalibrate" and self._learning_statistics():

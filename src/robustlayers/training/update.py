@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from robustlayers.selection.partition import Partition
 from robustlayers.training.clipping import clip_gradients
 from robustlayers.training.multirate import Multirate
+from robustlayers.training.multirate import due as due_groups
 from robustlayers.training.objectives import Signal
 from robustlayers.training.optimizers import (
     OptimizerSettings,
@@ -48,11 +49,13 @@ class Update:
         self.settings, self.schedule, self.steps = settings, schedule, steps
         self.optimizer = build_optimizer(partition, signals, settings)
         self.param_groups: list[dict[str, Any]] = [] if self.optimizer is None else self.optimizer.param_groups
-        trained = [group for group, signal in signals.items() if signal]
+        self.groups = trained = [group for group, signal in signals.items() if signal]
         self.multirate = None if self.optimizer is None else Multirate(self.optimizer, settings, trained)
         self.slow = any((own.every or 1) > 1 for own in settings.groups.values())
         self.index = 0
         self._owners = owners(self.optimizer)
+        self._holders = {name: [group for group in trained if name in partition[group]] for name in self._owners}
+        self._still: frozenset[str] = frozenset()
         self._clips = settings.clip is not None or any(own.clip is not None for own in settings.groups.values())
         self._parts = _parts(partition, self.param_groups, trained)
         self._sums: dict[str, Tensor] = {}
@@ -60,11 +63,16 @@ class Update:
 
     def due(self, step: int) -> frozenset[str]:
         """Return the groups that step `step` moves."""
-        return frozenset() if self.multirate is None else self.multirate.due(step)
+        return due_groups(self.settings, step, self.groups)
 
-    def begin(self, step: int) -> None:
-        """Set the rates of step `step`, from 0."""
+    def begin(self, step: int, learning: Collection[str] | None = None) -> None:
+        """Set the rates of step `step`, from 0, in which the groups `learning` learn; None: all of them."""
         self.index = step
+        self._still = frozenset(
+            name
+            for name, groups in self._holders.items()
+            if learning is not None and not any(group in learning for group in groups)
+        )
         if self.optimizer is not None:
             self.schedule.apply(self.optimizer, step, self.steps)
 
@@ -84,7 +92,7 @@ class Update:
             for name, gradient in clip_gradients(gradients, self._owners, self.settings).items():
                 parameters[name].grad = gradient
         self._measure()
-        self.multirate.step(self.index)
+        self.multirate.step(self.index, self._still)
 
     def _measure(self) -> None:
         for group, parts in self._parts.items():

@@ -1,0 +1,88 @@
+import pytest
+import torch
+
+from robustlayers.analysis.perturb import craft, noise_like
+from robustlayers.attacks import PGD, Linf
+from robustlayers.core.errors import UserError
+
+SIZES = {
+    "l2": lambda d: d.flatten(1).norm(dim=1),
+    "linf": lambda d: d.flatten(1).abs().amax(1),
+    "l1": lambda d: d.flatten(1).abs().sum(1),
+}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("norm", SIZES)
+@pytest.mark.parametrize("kind", ["gaussian", "uniform"])
+def test_noise_is_exactly_as_large_and_inside_the_box_also_where_the_box_cuts_it(kind, norm):
+    x = torch.rand(5, 3, 8, 8, generator=generator(1), dtype=torch.float64)
+    x[0] = 0  # half of all noise points out of the box here
+    x[1] = x[1].round()
+    lengths = torch.linspace(0.01, 0.1, 5, dtype=torch.float64).view(-1, 1, 1, 1)
+    perturbed = (x + lengths).clamp(0, 1)
+    noisy = noise_like(x, perturbed, kind, norm=norm, generator=generator())
+    assert torch.allclose(SIZES[norm](noisy - x), SIZES[norm](perturbed - x), rtol=1e-9)
+    assert noisy.min() >= 0 and noisy.max() <= 1
+    # A factor that ignores the box would have made it shorter.
+    delta = (noisy - x)[2:3]
+    assert (noisy[0] - x[0] == 0).double().mean() == pytest.approx(0.5, abs=0.1) and delta.std() > 0
+
+
+def test_kinds_are_what_they_say_and_draws_come_from_the_generator_alone():
+    x = torch.full((1, 1, 100, 100), 0.5, dtype=torch.float64)
+    random = torch.get_rng_state()
+    gaussian, uniform = (noise_like(x, x + 0.01, kind, generator=generator()) - x for kind in ("gaussian", "uniform"))
+    kurtosis = [float((d**4).mean() / (d**2).mean() ** 2) for d in (gaussian, uniform)]
+    assert kurtosis == pytest.approx([3.0, 1.8], abs=0.1)
+    again = noise_like(x, x + 0.01, "gaussian", generator=generator())
+    assert torch.equal(again - x, gaussian) and torch.equal(torch.get_rng_state(), random)
+    nothing = noise_like(x, x, "gaussian", generator=generator())
+    assert torch.allclose(nothing, x, atol=1e-12)
+
+
+def test_mistakes_of_noise_are_said():
+    x = torch.zeros(2, 1, 4, 4)
+    for arguments, message in [
+        ((x, x + 0.1, "gausian"), "unknown kind of noise 'gausian'; nearest: gaussian"),
+        ((x, x[:1], "gaussian"), "perturbed images are floats of the same shape"),
+        ((x, (255 * x).byte(), "gaussian"), "perturbed images are floats"),
+        ((x + 2, x, "gaussian"), r"floats? images in \[0, 1\]"),
+        ((x, x + 1, "gaussian"), "no room"),  # every pixel at the far end of the box
+    ]:
+        with pytest.raises(UserError, match=message):
+            noise_like(*arguments, generator=generator())
+    with pytest.raises(UserError, match="unknown norm 'l3'"):
+        noise_like(x, x, "gaussian", norm="l3", generator=generator())
+
+
+def test_crafting_is_the_attack_on_every_batch_and_leaves_nothing_behind(net, batch, bits):
+    model, (x, y) = net("small-cnn").train(), batch(7)
+    values, attack = bits(model), PGD(Linf("8/255"), steps=2)
+    seen = []
+    found = craft(model, x, y, attack, generator=generator(), batch_size=4, progress=lambda *step: seen.append(step))
+    draws = generator()
+    model.eval()
+    expected = torch.cat([attack(model, x[p], y[p], generator=draws) for p in (slice(0, 4), slice(4, 7))])
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert seen == [("pgd-2", 4, 7), ("pgd-2", 7, 7)]
+    model.train()
+    assert bits(model) == values and all(p.grad is None and p.requires_grad for p in model.parameters())
+    as_bytes = (255 * x).byte()
+    assert craft(model, as_bytes, y, attack, generator=generator()).dtype == torch.float32
+
+
+def test_an_attack_that_leaves_its_threat_is_refused(net, batch):
+    class Wild:
+        threat, name = Linf("8/255"), "wild"
+
+        def __call__(self, forward, x, y, *, generator):
+            return (x + 0.1).clamp(0, 1)
+
+    model, (x, y) = net("mlp"), batch(4)
+    with pytest.raises(UserError, match="wild: the attack left the ball"):
+        craft(model, x, y, Wild(), generator=generator())
+    assert all(p.requires_grad for p in model.parameters())
