@@ -21,7 +21,7 @@ def tensors(p, q):
 
 
 def normal(mean, variance):
-    return torch.distributions.Normal(torch.tensor(mean).double(), torch.tensor(variance).double().sqrt())
+    return torch.distributions.Normal(*torch.tensor([mean, variance**0.5], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("p", "q"), PAIRS)
@@ -72,9 +72,7 @@ def test_variances_of_zero():
     assert kl(zero, zero, zero, one).item() == math.inf
     assert w2(zero, zero, one, zero).item() == 1
     assert kl(zero, zero, zero, one, eps=1.0).item() == kl(zero, one, zero, 2 * one).item()
-    assert kl(zero, torch.tensor([1e-200]).double(), zero, torch.tensor([2e-200]).double()).item() == pytest.approx(
-        0.25
-    )
+    assert kl(zero, 1e-200 * one.double(), zero, 2e-200 * one.double()).item() == pytest.approx(0.25)
 
 
 def test_lipschitz_is_the_stretch_of_torchs_layer():
@@ -130,7 +128,7 @@ def test_drift_over_checkpoints():
 def test_drift_of_what_is_not_there():
     with pytest.raises(UserError, match="two or more"):
         norm_drift(states()[:1], ["1"])
-    with pytest.raises(UserError, match="unknown norm layer 'bn'.*allowed: 0, 1, 2"):
+    with pytest.raises(UserError, match=r"unknown norm layer 'bn'.*allowed: 0, 1, 2"):
         norm_drift(states(), ["bn"])
 
 

@@ -25,10 +25,15 @@ def axes_or_new(axes: Axes | None, width: float, height: float) -> Axes:
 
 
 def by_depth(count: int) -> list[Any]:
-    """Return `count` colors that get lighter with depth, for lines in order of execution."""
+    """Return colors for lines in order of execution: apart for a few lines, else lighter with depth.
+
+    The ends of the map are left out, since they cannot be seen on black or on white.
+    """
+    if count <= len(SERIES):
+        return list(SERIES[:count])
     from matplotlib import colormaps
 
-    return [colormaps["cividis"](0.9 * place / max(1, count - 1)) for place in range(count)]
+    return [colormaps["cividis"](0.25 + 0.6 * place / (count - 1)) for place in range(count)]
 
 
 def dots(axes: Axes, names: list[str], series: dict[str, list[float]], label: str) -> Axes:

@@ -116,7 +116,7 @@ class Criticality:
             series["robust"] = [100 * (row.robust_accuracy_drop or 0.0) for row in rows]
         axes = axes_or_new(axes, 5.0, 1.2 + 0.24 * len(rows))
         return dots(
-            axes, [row.group for row in rows], series, f"accuracy lost with values from {rows[0].source}, points"
+            axes, [row.group for row in rows], series, f"accuracy lost with values from\n{rows[0].source}, points"
         )
 
 
@@ -214,9 +214,12 @@ def fresh_state(model: nn.Module, seed: int = 0, build: Callable[[int], nn.Modul
     """
     devices = list({tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
-        torch.manual_seed(stream_seed(seed, "fresh"))
+        torch.default_generator.manual_seed(stream_seed(seed, "fresh"))
         if build is not None:
             return snapshot(build(seed))
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(stream_seed(seed, "fresh"))
         copy = deepcopy(model)
         drawn = set()
         for module in copy.modules():

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from robustlayers.analysis._axes import SERIES, axes_or_new
+from robustlayers.analysis._axes import GRAY, SERIES, axes_or_new
 from robustlayers.analysis._ground import finite_row
 from robustlayers.core.errors import Fault, UserError, one_of
 
@@ -78,9 +78,9 @@ class Gaps:
             axes.plot(
                 [e for e, _ in known], [gap for _, gap in known], line, color=paint, label=f"{kind} gap", marker="."
             )
-        axes.axvline(self.best_epoch, color="#66707b", linewidth=0.8, label="best robust validation accuracy")
+        axes.axvline(self.best_epoch, color=GRAY, linewidth=0.8, label="best robust validation accuracy")
         axes.set_xlabel("epoch")
-        axes.set_ylabel("train minus validation accuracy, points")
+        axes.set_ylabel("train minus validation, points")
         axes.legend(frameon=False, fontsize="small")
         return axes
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from robustlayers.analysis._axes import SERIES, axes_or_new, by_depth
+from robustlayers.analysis._axes import axes_or_new, by_depth
 from robustlayers.analysis._ground import KEPT, Bench, Groups, Quality, bind_groups, finite_row, put_back
 from robustlayers.analysis.worst import WorstCase, robust_criticality
 from robustlayers.attacks import Attack
@@ -78,14 +78,13 @@ class Line:
         return {group: max(0.0, height) for group, height in found.items()}
 
     def plot(self, axes: Axes | None = None, *, metric: str | None = None, statistics: str = KEPT) -> Axes:
-        """Draw one metric along every line, from the start (0) to the model (1); lighter lines are later groups."""
+        """Draw one metric along every line, from the start (0) to the model (1); of many lines, lighter ones are later groups."""
         measured = all(point.robust_loss is not None for point in self.points)
         metric = metric or ("robust_loss" if measured else "clean_loss")
         lines = self._lines(metric, statistics)
         axes = axes_or_new(axes, 5.0, 3.4)
-        paints = list(SERIES[: len(lines)]) if len(lines) <= 4 else by_depth(len(lines))
         scale = 100 if metric.endswith("accuracy") else 1
-        for (group, line), paint in zip(lines.items(), paints, strict=True):
+        for (group, line), paint in zip(lines.items(), by_depth(len(lines)), strict=True):
             axes.plot([t for t, _ in line], [scale * value for _, value in line], color=paint, label=group, marker=".")
         axes.set_xlabel("position of the group: 0 start, 1 the model")
         axes.set_ylabel(f"{metric.replace('_', ' ')}, {'%' if scale == 100 else 'nats'}")

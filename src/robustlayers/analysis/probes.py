@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from robustlayers.analysis._axes import SERIES, axes_or_new
 from robustlayers.analysis._ground import attacked, check_batch_size, finite_row, slices
+from robustlayers.analysis._marks import label_layers
 from robustlayers.analysis.activations import Layer, Layers, capture, layers_of, pooled
 from robustlayers.attacks import Attack
 from robustlayers.core.errors import UserError
@@ -62,6 +63,7 @@ class Probes:
     overfitting in the features themselves.
     """
 
+    layers: tuple[Layer, ...]
     results: tuple[ProbeRow, ...]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -79,13 +81,14 @@ class Probes:
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw held-out accuracy in percent over the layers, a line for each pair of kinds: fitted on to tested on."""
         pairs = list(dict.fromkeys((row.fitted_on, row.tested_on) for row in self.results))
-        names = [row.layer for row in self.of(*pairs[0])]
-        axes = axes_or_new(axes, max(4.0, 1.5 + 0.22 * len(names)), 3.8)
+        axes = axes_or_new(axes, 5.0, 3.8)
         for place, pair in enumerate(pairs):
             accuracies = [100 * row.accuracy for row in self.of(*pair)]
             style = "-" if pair[0] == CLEAN else "--"
-            axes.plot(range(len(names)), accuracies, style, color=SERIES[place], marker=".", label=" to ".join(pair))
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
+            axes.plot(
+                range(len(accuracies)), accuracies, style, color=SERIES[place], marker=".", label=" to ".join(pair)
+            )
+        label_layers(axes, self.layers, "x")
         axes.set_ylim(0, 100)
         axes.set_ylabel("accuracy of the probe, %")
         axes.legend(frameon=False, fontsize="small")
@@ -178,7 +181,7 @@ def probes(
             capture(model, x[batch], chosen, judged)
             advance(f"testing on {kind} images", batch.stop - batch.start)
     counts = (len(fit[0]), len(held_out[0]))
-    return Probes(tuple(_rows(chosen, kinds, fitted, right, counts)))
+    return Probes(chosen, tuple(_rows(chosen, kinds, fitted, right, counts)))
 
 
 def _rows(

@@ -118,7 +118,9 @@ def transplant(
         names: what the two nets are called, such as `("robust", "natural")`.
         attack: run anew against every net that results; None leaves out the robust numbers.
         recalibrate_on: training images. If given, every net is measured a second time with all running statistics
-            estimated anew on them: otherwise a transplant also fails where its inputs are merely scaled otherwise.
+            estimated anew on them: otherwise a transplant also fails where its inputs are merely scaled otherwise. They
+            are used without an attack, so a net whose statistics were tracked on adversarial images changes too; compare
+            with its own re-estimated row `nothing`.
         seed: of the attack's draws, the same for every net.
 
     Cost: two evaluations for each group and two for the nets, twice that with `recalibrate_on`.

@@ -101,11 +101,12 @@ class WorstCase:
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the rise of each group in nats, on a scale that is logarithmic above 0.01: to the right is more critical."""
-        axes = axes_or_new(axes, 5.0, 1.2 + 0.24 * len(self.results))
+        axes = axes_or_new(axes, 5.0, 1.4 + 0.24 * len(self.results))
         images = "adversarial" if self.attack else "clean"
-        label = f"rise of the loss on {images} images within {100 * self.eps:g} % of the group's norm, nats"
+        label = f"rise of the loss on {images} images, nats,\nwithin {100 * self.eps:g} % of the group's norm"
         dots(axes, [row.group for row in self.results], {"rise": [row.rise for row in self.results]}, label)
         axes.set_xscale("symlog", linthresh=0.01)
+        axes.set_xlim(left=-0.002)
         return axes
 
 

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from robustlayers.core.errors import UserError
-from robustlayers.normalization.context import Setting
-from robustlayers.normalization.policy import NormPolicy
+from robustlayers.core.errors import Fault, UserError
+from robustlayers.normalization.context import Setting, check_setting
+from robustlayers.normalization.policy import NormPolicy, layer_switches
 from robustlayers.selection.inventory import Entry, is_norm
 from robustlayers.selection.partition import Partition
 from robustlayers.training.objectives import OBJECTIVES, Signal
@@ -23,7 +23,15 @@ __all__ = ["Binding", "Shares"]
 Shares = dict[str, dict[str, list[tuple[float, Tensor | None]]]]
 """objective -> tensor -> (weight, mask or None) of each group that learns from it"""
 
-_OBJECTIVE_OF = {"clean": "natural", "adversarial": "adversarial"}
+# Crafting serves the adversarial objective: with `update: true` its passes count as that objective's.
+_OBJECTIVE_OF = {
+    "clean": "natural",
+    "again": "natural",
+    "log": "natural",
+    "adversarial": "adversarial",
+    "craft": "adversarial",
+    "score": "adversarial",
+}
 
 
 class Binding:
@@ -55,8 +63,19 @@ class Binding:
         self.trained = [name for name, masks in entries.items() if masks]
         self.divided = _divided({name: masks for name, masks in entries.items() if masks})
         statistics = self._statistics(signals)
-        self.settings = {name: self._settings(name, statistics) for name in ("craft", *self.passes)}
-        self.crafting_updates = any(update for _, update in self.settings["craft"].values())
+        crafts = "adversarial" in self.passes
+        self.source = policy.statistics if crafts and any(statistics.values()) else None
+        if self.source == "clean" and "clean" not in self.passes:  # for the statistics alone
+            self.passes = ("clean", *self.passes)
+        self.extra = policy.extra if crafts else ()
+        self._exceptions = layer_switches(policy, partition.inventory)
+        self._layers = _steered(partition, statistics)
+        self.settings = {name: self._settings(name, statistics) for name in ("craft", *self.extra, *self.passes)}
+        crafting = [self.settings[name] for name in ("craft", "score") if name in self.settings]
+        self.crafting_updates = any(setting.update for settings in crafting for setting in settings.values())
+        self.still = [  # whose statistics crafting must leave, though it moves those of others
+            module for module in statistics if not any(settings[module].update for settings in crafting)
+        ]
         self.moving = self._moving(self.settings)
         self.climbing = climbed is not None and bool(self.passes)
         if self.climbing and climbed is not None:
@@ -109,10 +128,23 @@ class Binding:
         self, name: str, statistics: Mapping[nn.Module, Signal], of: str | None = None
     ) -> dict[nn.Module, Setting]:
         """Return what each norm layer does in a pass; the ascent's policy holds for each of the step's passes."""
-        switch = self.policy[name]
-        # Crafting serves the adversarial objective: with `update: true` its passes count as that objective's.
-        objective = "adversarial" if name == "craft" else _OBJECTIVE_OF[of or name]
-        return {module: switch.resolve(bool(signal), objective in signal) for module, signal in statistics.items()}
+        kind = of or name
+        objective = _OBJECTIVE_OF[kind]
+        settings: dict[nn.Module, Setting] = {}
+        faults: list[Fault] = []
+        for module, path in self._layers.items():
+            switch = self._exceptions.get(module, {}).get(name, self.policy[name])
+            signal = statistics.get(module, {})
+            learns = objective in signal
+            if self.source is not None and kind in ("clean", "adversarial"):
+                learns = kind == self.source
+            settings[module] = switch.resolve(bool(signal), learns)
+            text = check_setting(module, settings[module], path)
+            if text:
+                faults.append(Fault(text, path=name))
+        if faults:
+            raise UserError(faults)
+        return settings
 
     def _moving(self, settings: Mapping[str, Mapping[nn.Module, Setting]]) -> dict[str, set[nn.Module]]:
         """Return the layers that a pass normalizes by running statistics, which a later one updates before its backward."""
@@ -120,8 +152,8 @@ class Binding:
             name: {
                 module
                 for later in self.passes[place + 1 :]
-                for module, (_, update) in settings[later].items()
-                if update and settings[name][module][0] == "running"
+                for module, setting in settings[later].items()
+                if setting.update and settings[name][module].by == "running"
             }
             for place, name in enumerate(self.passes)
         }
@@ -137,6 +169,15 @@ class Binding:
                 elif objective in own:
                     parts[name] = [(weight, _both(part, mask)) for weight, part in own[objective]]
         return shares
+
+
+def _steered(partition: Partition, statistics: Mapping[nn.Module, Signal]) -> dict[nn.Module, str]:
+    """Return the norm layers that a setting can concern, with their names: statistics, branches, a condition."""
+    return {
+        module: name
+        for name, module in partition.model.named_modules()
+        if module in statistics or (is_norm(module) and (hasattr(module, "branches") or hasattr(module, "condition")))
+    }
 
 
 def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:

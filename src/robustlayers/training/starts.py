@@ -4,10 +4,11 @@
 |---|---|
 | `keep` | what the phase before left |
 | `reinitialize` | values of a freshly initialized model: the modules' own initializers, another seed |
-| `reset-statistics` | running mean 0, variance 1, counter 0; parameters as they are |
+| `reset-statistics` | running mean 0, variance (or range) 1, counter 0; parameters as they are |
 | `shuffle` | its own entries, permuted inside each tensor: the same values, no structure (Frankle et al. 2021) |
 | `scale-uniform` `scale-one` `scale-signs` | norm scales drawn from U[0, 1], set to 1, drawn from U[-1, 1] |
 | `shift-zero` `shift-one` | norm shifts set to 0 or 1 |
+| `scale-shift-one` | both set to 1 (`oneone` of Frankle et al. 2021) |
 | `load: FILE` | values from a safetensors file; strict, with a mapping of names if needed |
 | `from: PHASE` | values at the end of an earlier phase; `from: initial` is the untrained model |
 
@@ -94,7 +95,8 @@ def copy_entries(selection: Selection, source: Mapping[str, Tensor], what: str, 
 def _reset_statistics(entry: Entry, value: Tensor, generator: torch.Generator) -> Tensor | None:
     if not entry.buffer or not is_norm(entry.module):
         return None
-    return torch.ones_like(value) if entry.attribute == "running_var" else torch.zeros_like(value)
+    spread = entry.attribute in ("running_var", "running_range")  # the latter is RobustNorm's
+    return torch.ones_like(value) if spread else torch.zeros_like(value)
 
 
 def _shuffle(entry: Entry, value: Tensor, generator: torch.Generator) -> Tensor | None:
@@ -117,6 +119,11 @@ def _uniform(value: Tensor, generator: torch.Generator) -> Tensor:
     return torch.rand(value.shape, generator=generator, dtype=value.dtype)
 
 
+def _ones(entry: Entry, value: Tensor) -> Tensor | None:
+    affine = not entry.buffer and entry.attribute in ("weight", "bias") and is_norm(entry.module)
+    return torch.ones_like(value) if affine else None
+
+
 STARTS: dict[str, Change] = {
     "reset-statistics": _reset_statistics,
     "shuffle": _shuffle,
@@ -124,6 +131,7 @@ STARTS: dict[str, Change] = {
     "scale-uniform": _norm_parameter("weight", _uniform),
     "scale-one": _norm_parameter("weight", lambda value, _: torch.ones_like(value)),
     "scale-signs": _norm_parameter("weight", lambda value, generator: 2 * _uniform(value, generator) - 1),
+    "scale-shift-one": lambda entry, value, _: _ones(entry, value),
     "shift-zero": _norm_parameter("bias", lambda value, _: torch.zeros_like(value)),
     "shift-one": _norm_parameter("bias", lambda value, _: torch.ones_like(value)),
 }

@@ -10,6 +10,7 @@ optimizer.step()                                  # frozen: requires_grad False 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,12 @@ from robustlayers.attacks.guard import guard
 from robustlayers.attacks.registry import is_own
 from robustlayers.core.errors import Fault, UserError, one_of
 from robustlayers.core.random import stream
-from robustlayers.normalization.context import normalizing
+from robustlayers.normalization.context import normalizing, statistics_of
 from robustlayers.normalization.fold import CraftingForward, crafting_forward
+from robustlayers.normalization.habits import habit
+from robustlayers.normalization.layers import RandomNorm, seed_draws
 from robustlayers.normalization.policy import NormPolicy
+from robustlayers.selection.inventory import norm_layers
 from robustlayers.selection.partition import Partition
 from robustlayers.training.ascent import Ascent, bind, climb, parse_ascent, perturbed, stationary
 from robustlayers.training.binding import Binding, Shares
@@ -55,7 +59,7 @@ class StepLog:
     """What one step saw; tensors stay on the device, so that reading them is the caller's choice of a wait."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)  # objective -> scalar
-    correct: dict[str, Tensor] = field(default_factory=dict)  # pass -> number of right answers, before the update
+    correct: dict[str, Tensor] = field(default_factory=dict)  # pass -> number of right answers; of log after the update
     size: int = 0
     forward_passes: int = 0  # of the whole batch
     backward_passes: int = 0
@@ -89,7 +93,7 @@ class PartialStep:
         attack: called as `attack(model, x, y, generator=g)`; needed if any signal is adversarial. Our own attacks get a
             folded equivalent of the model where crafting normalizes by running statistics.
         optimizer: anything with `step()` and `param_groups` over parameters of the model.
-        policy: what norm layers do in each pass.
+        policy: what norm layers do in each pass, or the name of a habit; `frozen` are the statistics of this moment.
         ascent: perturbs weights before the gradient is taken: every perturbed tensor climbs the loss that it descends, a
             frozen one the sum of all; the passes at the perturbed weights have the norm policy `ascent`.
         seed: of the attack's own random stream, one draw per step, unless `generator` is given to the call.
@@ -117,14 +121,16 @@ class PartialStep:
         *,
         optimizer: torch.optim.Optimizer | None,
         attack: Attack | None = None,
-        policy: NormPolicy | None = None,
+        policy: NormPolicy | str | None = None,
         ascent: Ascent | str | Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         if partition.model is not model:
             raise UserError("the partition was bound to another model")
         self.model, self.partition, self.optimizer, self.attack = model, partition, optimizer, attack
-        self.policy = policy or NormPolicy()
+        self.policy = habit(policy) if isinstance(policy, str) else policy or NormPolicy()
+        self._snapshot = statistics_of(norm_layers(model).values()) if _freezes(self.policy) else {}
+        self._draws = any(isinstance(module, RandomNorm) for module in model.modules())
         self.seed = seed
         self.steps = 0
         self.reached: set[str] = set()  # tensors that got a gradient in any step
@@ -167,6 +173,7 @@ class PartialStep:
                 for name, before in divided.items():
                     tensor = self._tensors[name]
                     tensor.copy_(torch.where(entries[name], tensor, before))
+            self._extra("log", x, y, binding, gradients.log)
         self.steps += 1
         return gradients.log
 
@@ -176,18 +183,21 @@ class PartialStep:
         """Return the step's gradients without updating parameters; running statistics move as in a step."""
         binding = self.binding(turn)
         with self._scope(binding):
-            return self._gradients(x, y, generator, turn, binding)
+            gradients = self._gradients(x, y, generator, turn, binding)
+            self._extra("log", x, y, binding, gradients.log)
+        return gradients
 
     def passes_per_batch(self, turn: Turn = WHOLE) -> tuple[int, int]:
         """Return (forward, backward) passes of one batch, the attack's and the ascent's included."""
         binding = self.binding(turn)
-        forward, backward = len(binding.passes), binding.backwards
+        forward = len(binding.passes) + sum(name in binding.extra for name in ("again", "log"))
+        backward = binding.backwards
         if self._ascends(binding, turn) and self.ascent is not None:
             steps = self.ascent.resolved().steps or 1
             forward += steps * len(binding.passes)
             backward += steps * sum(map(bool, binding.climbs.values()))
         if "adversarial" in binding.passes and turn.eps > 0:
-            forward += getattr(self.attack, "forward_passes", 0)
+            forward += getattr(self.attack, "forward_passes", 0) + self._scores(binding, self.attack)
             backward += getattr(self.attack, "backward_passes", 0)
         return forward, backward
 
@@ -201,6 +211,38 @@ class PartialStep:
             }
             self._bindings[key] = Binding(self.partition, signals, turn.due, self.policy, self._climbed)
         return self._bindings[key]
+
+    def statistics_updates(self, turn: Turn = WHOLE) -> dict[str, int]:
+        """Return how often a step updates the running statistics of each norm layer that each of its forwards reaches.
+
+        >>> from robustlayers.attacks import PGD, Linf
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> partition = Partition(net, {"all": "all"})
+        >>> attack = PGD(Linf("8/255"), steps=10)
+        >>> step = PartialStep(net, partition, {"all": "adversarial"}, attack=attack, optimizer=None, policy="rice")
+        >>> step.statistics_updates()
+        {'2': 13}
+        """
+        binding = self.binding(turn)
+        forwards = dict.fromkeys((*binding.passes, *binding.extra), 1)
+        crafts = "adversarial" in binding.passes and turn.eps > 0
+        forwards["craft"] = getattr(self.attack, "forward_passes", 0) if crafts else 0
+        forwards["score"] = int(crafts and self._scores(binding, self.attack))
+        made = [(binding.settings[name], count) for name, count in forwards.items() if count]
+        if self._ascends(binding, turn) and self.ascent is not None:
+            # The first of the forwards of each pass is at the weights as they are.
+            made += [(settings, self.ascent.resolved().steps or 1) for settings in binding.ascent_settings.values()]
+        names = {module: name for name, module in self.model.named_modules()}
+        return {
+            names[module]: sum(count for settings, count in made if settings[module].update)
+            for module in binding.settings["craft"]
+            if any(buffer is not None for buffer in module._buffers.values())
+        }
+
+    @staticmethod
+    def _scores(binding: Binding, attack: Any) -> bool:
+        """Tell whether what was crafted is scored by a forward more: an attack that compares iterates has made it."""
+        return "score" in binding.extra and is_own(attack) and getattr(attack, "keep", None) == "last"
 
     @staticmethod
     def _ascends(binding: Binding, turn: Turn) -> bool:
@@ -232,10 +274,26 @@ class PartialStep:
     ) -> Gradients:
         log = StepLog(size=len(x))
         inputs = {"clean": x}
+        if self._draws:
+            seed_draws(self.model, *self._place(generator))
         if "adversarial" in binding.passes:
             inputs["adversarial"] = self._craft(x, y, generator, turn.eps, binding, log)
+        gradients = self._slopes(inputs, y, turn, binding, log)
+        self._extra("again", x, y, binding, log)
+        return Gradients(gradients, log)
+
+    def _place(self, generator: torch.Generator | None) -> tuple[int, int]:
+        """Return what the draws of norm layers depend on: the stream of this step, which none of them moves."""
+        if generator is None:
+            return self.seed, self.steps
+        state = hashlib.sha256(generator.get_state().cpu().numpy().tobytes()).digest()
+        return self.seed, int.from_bytes(state[:7], "big")
+
+    def _slopes(
+        self, inputs: Mapping[str, Tensor], y: Tensor, turn: Turn, binding: Binding, log: StepLog
+    ) -> dict[str, Tensor]:
         if not self._ascends(binding, turn):
-            return Gradients(self._differentiate(inputs, y, binding, binding.shares, log), log)
+            return self._differentiate(inputs, y, binding, binding.shares, log)
         assert self.ascent is not None and self._climbed is not None
         limit = self.ascent.resolved().limit
         limit = None if limit is None else float(limit)
@@ -247,7 +305,7 @@ class PartialStep:
             return self._differentiate(inputs, y, binding, binding.climbs, log, ascending=ascending, limit=limit)
 
         with perturbed(weights, climb(self.ascent, weights, self._climbed, slopes)):
-            return Gradients(self._differentiate(inputs, y, binding, binding.shares, log, ascending=True), log)
+            return self._differentiate(inputs, y, binding, binding.shares, log, ascending=True)
 
     def _differentiate(
         self,
@@ -313,20 +371,55 @@ class PartialStep:
             generator = stream(self.seed, "attack", self.steps, device=x.device)
         settings = binding.settings["craft"]
         forward: Callable[[Tensor], Tensor] = self.model
-        if is_own(attack) and all(setting == ("running", False) for setting in settings.values()):
-            # The same function of x with norm layers folded away, at a fraction of the cost.
+        own = is_own(attack)
+        if own and all(setting.still for setting in settings.values()):
+            # The same function of x with norm layers folded away, at a fraction of the cost. A layer with branches runs as
+            # it is, so that the branch that crafts, which is chosen below, is the one that is attacked.
             if self._folded is None:
                 self._folded = crafting_forward(self.model)
             self._folded.refresh()
             forward = self._folded
-        with (
-            guard(self.model, keep_statistics=binding.crafting_updates),
-            normalizing(self.model, settings, training=False),
-        ):
-            x_adv = attack(forward, x, y, generator=generator)
+        with guard(self.model, keep_statistics=binding.crafting_updates), self._kept(binding):
+            # An attack of somebody else may call train() or eval(): the norm layers do as they were told all the same.
+            with normalizing(self.model, settings, training=False, frozen=self._snapshot, strict=not own):
+                x_adv = attack(forward, x, y, generator=generator).detach()
+            if self._scores(binding, attack):
+                with (
+                    normalizing(self.model, binding.settings["score"], training=False, frozen=self._snapshot),
+                    torch.no_grad(),
+                ):
+                    self.model(x_adv)
+                log.forward_passes += 1
         log.forward_passes += getattr(attack, "forward_passes", 0)
         log.backward_passes += getattr(attack, "backward_passes", 0)
-        return x_adv.detach()
+        return x_adv
+
+    @staticmethod
+    @contextmanager
+    def _kept(binding: Binding) -> Iterator[None]:
+        """Put back what crafting did to the statistics of layers that it may not move, while it moves others'."""
+        modules = binding.still if binding.crafting_updates else []
+        before = [(module, dict(module._buffers)) for module in modules]
+        values = [{name: t.detach().clone() for name, t in own.items() if t is not None} for _, own in before]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (module, buffers), copies in zip(before, values, strict=True):
+                    module._buffers.update(buffers)
+                    for name, value in copies.items():
+                        module.get_buffer(name).copy_(value)
+
+    def _extra(self, name: str, x: Tensor, y: Tensor, binding: Binding, log: StepLog) -> None:
+        """Make a forward of the clean images that only moves statistics, if the policy has it."""
+        if name not in binding.extra:
+            return
+        settings = binding.settings[name]
+        with normalizing(self.model, settings, training=True, frozen=self._snapshot), torch.no_grad():
+            logits = self.model(x)
+        log.forward_passes += 1
+        if name == "log":
+            log.correct["log"] = (logits.argmax(1) == y).sum()
 
     def _forward(
         self, name: str, x: Tensor, y: Tensor, binding: Binding, shares: Shares, log: StepLog, ascending: bool
@@ -339,12 +432,17 @@ class PartialStep:
         settings, moving = (
             (binding.ascent_settings, binding.ascent_moving) if ascending else (binding.settings, binding.moving)
         )
-        with normalizing(self.model, settings[name], training=True, moving=moving[name]):
+        with normalizing(self.model, settings[name], training=True, moving=moving[name], frozen=self._snapshot):
             logits = self.model(x)
         log.forward_passes += 1
         if not ascending:
             log.correct.setdefault(name, (logits.detach().argmax(1) == y).sum())
         return logits
+
+
+def _freezes(policy: NormPolicy) -> bool:
+    switches = [*policy.switches.values(), *(switch for own in policy.layers.values() for switch in own.values())]
+    return any(switch.by == "frozen" for switch in switches)
 
 
 def _signals(partition: Partition, signals: Mapping[str, str | Mapping[str, float | str]]) -> dict[str, Signal]:
