@@ -99,6 +99,14 @@ def test_pooling_lets_few_samples_say_something(net, batch):
     assert np.array_equal(again.baseline, whole.baseline)
 
 
+def test_features_in_single_precision_are_enough_and_threads_are_put_back(net, batch):
+    x, _ = batch(40)
+    threads = torch.get_num_threads()
+    single, double = procrustes(net("resnet"), x), procrustes(net("resnet", torch.float64), x.double())
+    assert np.abs(single.values - double.values).max() < 1e-5
+    assert torch.get_num_threads() == threads
+
+
 def test_roots_of_gram_matrices_have_few_columns_and_nuclear_norms_are_sums_of_singular_values():
     x = normal(9, 3)
     x = x - x.mean(0)

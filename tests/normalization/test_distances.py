@@ -1,6 +1,7 @@
 """Closed forms against numerical integration, and the properties that a distance has."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from robustlayers.normalization.distances import wasserstein as w2
 PAIRS = [((0.0, 1.0), (0.0, 1.0)), ((0.3, 0.5), (-0.4, 2.0)), ((2.0, 0.1), (2.2, 0.15)), ((-1.0, 4.0), (3.0, 1.0))]
 
 
-def tensors(p, q):
+def tensors(p, q) -> Any:
     return [torch.tensor([value], dtype=torch.float64) for value in (*p, *q)]
 
 
 def normal(mean, variance):
-    return torch.distributions.Normal(*torch.tensor([mean, variance**0.5], dtype=torch.float64))
+    return torch.distributions.Normal(
+        torch.tensor(mean, dtype=torch.float64), torch.tensor(variance**0.5, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize(("p", "q"), PAIRS)
@@ -76,11 +79,11 @@ def test_variances_of_zero():
 
 
 def test_lipschitz_is_the_stretch_of_torchs_layer():
-    layer = nn.BatchNorm1d(3).double().eval()
+    layer: Any = nn.BatchNorm1d(3).double().eval()
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([-2.0, 0.5, 0.0]))
     layer.running_var.copy_(torch.tensor([4.0, 0.01, 1.0]))
-    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x)[0], torch.zeros(1, 3).double())
+    jacobian: Any = torch.autograd.functional.jacobian(lambda x: layer(x)[0], torch.zeros(1, 3).double())
     found = lipschitz(layer.weight, layer.running_var, layer.eps)
     assert torch.allclose(found, jacobian[:, 0].diagonal().abs(), rtol=1e-12)
     assert torch.equal(lipschitz(None, torch.ones(2)), torch.ones(2).double())
@@ -102,9 +105,9 @@ def test_statistics_that_cannot_be_compared(measure):
 
 
 def states():
-    nets = [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.GroupNorm(1, 2)) for _ in range(3)]
+    nets: list[Any] = [nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.GroupNorm(1, 2)) for _ in range(3)]
     for place, net in enumerate(nets):
-        net[1].running_mean.fill_(3.0 * place)  # pyright: ignore[reportCallIssue]
+        net[1].running_mean.fill_(3.0 * place)
         with torch.no_grad():
             net[2].weight.fill_(1.0 + place)
     return [net.state_dict() for net in nets]

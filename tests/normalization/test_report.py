@@ -2,6 +2,7 @@
 
 import copy
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_known_gaussians(make, shape):
 def test_statistics_are_torchs():
     x = gaussian(64, (0.5, 2.0, -1.0), (1.0, 3.0, 0.2), shape=(3, 3))
     layer = nn.BatchNorm2d(3, momentum=None).double()
-    reference = copy.deepcopy(layer)
+    reference: Any = copy.deepcopy(layer)
     for part in x.split(16):
         reference(part)
     found = norm_report(layer, x.split(16)).layers[0].passes["clean"]
@@ -61,7 +62,7 @@ def test_statistics_are_torchs():
 def test_statistics_of_instance_norm_are_torchs():
     x = gaussian(12, (0.5, 2.0), (1.0, 3.0), shape=(3, 3))
     layer = nn.InstanceNorm2d(2, momentum=1.0, track_running_stats=True, affine=True).double()
-    reference = copy.deepcopy(layer)
+    reference: Any = copy.deepcopy(layer)
     reference(x)
     found = norm_report(layer, [x]).layers[0].passes["clean"]
     assert torch.allclose(wide(found.mean), reference.running_mean, rtol=1e-12)
@@ -100,8 +101,8 @@ def test_passes_see_their_own_images(net, batch):
         mine = layer.passes["adversarial"]
         assert mine.mean == pytest.approx(alone.layer(layer.name).passes["clean"].mean, rel=1e-9)
         assert len({one.mean for one in layer.passes.values()}) == 3
-        running = [wide(values) for values in (layer.running_mean, layer.running_variance)]
-        shown = [wide(values) for values in (mine.mean, mine.variance)]
+        running = wide(layer.running_mean), wide(layer.running_variance)
+        shown = wide(mine.mean), wide(mine.variance)
         assert mine.wasserstein == pytest.approx(wasserstein(*running, *shown).tolist())
         assert mine.kl == pytest.approx(symmetric_kl(*running, *shown, 1e-5).tolist())
 
@@ -277,7 +278,7 @@ def mixed(model):
 
 def rude(forward, x, y, *, generator):
     """Touches what it can, and then gives up if told so."""
-    torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+    _ = torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
     forward.train()
     forward(x.detach())
     for parameter in forward.parameters():
@@ -298,7 +299,7 @@ def test_nothing_is_left_behind(net, batch, bits, kind, by, attack):
     model = mixed(convert(net("small-cnn"), kind))
     values, state = bits(model), look(model)
     for run in (norm_report, effective_rates):
-        named = {"inputs": {"clean": None, "bad": attack}} if run is norm_report else {"attack": attack}
+        named: Any = {"inputs": {"clean": None, "bad": attack}} if run is norm_report else {"attack": attack}
         if attack is failing:
             with pytest.raises(RuntimeError, match="no more"):
                 run(model, [batch(), batch()], by=by, **named)

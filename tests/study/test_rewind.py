@@ -134,7 +134,7 @@ def test_an_epoch_that_was_not_kept_is_trained_again_to_the_same_bits(
 def test_arms_that_share_a_phase_keep_the_epochs_of_all(
     plan: Callable[..., Plan], run: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    two, zero = ("{phases.back.set: {all: {rewind: %d}}}" % epoch for epoch in (2, 0))
+    two, zero = (f"{{phases.back.set: {{all: {{rewind: {epoch}}}}}}}" for epoch in (2, 0))
     factors = f"factors: {{to: {{one: {{}}, two: {two}, zero: {zero}}}}}\n"
     made = plan(FIRST, "name: back, set: {all: {rewind: 1}}", extra=factors)
     assert len(made.nodes) == 4 and made.nodes[made.arms[0].nodes[0]].kept == (1, 2)

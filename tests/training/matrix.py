@@ -12,7 +12,7 @@ from robustlayers import models
 from robustlayers.attacks import PGD, Linf
 from robustlayers.core.random import stream
 from robustlayers.data import Augment, Images
-from robustlayers.normalization import NormPolicy, Switch
+from robustlayers.normalization import NormPolicy, Switch, habit
 from robustlayers.selection import Partition
 from robustlayers.training import (
     Ascent,
@@ -192,9 +192,13 @@ SCHEDULES = {
 
 POLICIES = {
     "default": NormPolicy(),
-    "as Rice et al.": NormPolicy(craft=Switch("batch", True)),
+    "rice": habit("rice"),
     "by running": NormPolicy(clean=Switch("running"), adversarial=Switch("running"), ascent=Switch("auto", True)),
+    "mixed": NormPolicy(
+        craft=Switch("mixture", alpha=0.5), clean=Switch("frozen"), adversarial=Switch("batch", momentum="cumulative")
+    ),
 }
+MORE_POLICIES = {name: habit(name) for name in ("trades", "clean-statistics", "adversarial-statistics", "frozen")}
 
 ASCENTS = {
     "none": None,
@@ -234,6 +238,7 @@ MORE_AXES = AXES | {
     "optimizer": list(OPTIMIZERS | MORE_OPTIMIZERS),
     "start": STARTS + MORE_STARTS,
     "model": [*MODELS, "preact-resnet"],
+    "policy": list(POLICIES | MORE_POLICIES),
 }
 
 
@@ -347,7 +352,7 @@ def trainer_of(row):
         batch_size=BATCH,
         optimizer=settings_of(row, Partition(model, groups), signals),
         schedule=SCHEDULES[row["schedule"]],
-        policy=POLICIES[row["policy"]],
+        policy=(POLICIES | MORE_POLICIES)[row["policy"]],
         augment=Augment(crop=1, flip=True),
         ascent=ASCENTS[row["ascent"]],
         average=AVERAGES[row["average"]],

@@ -7,13 +7,15 @@ every step k of 12 ends with the same bits. Not among the starts are those that 
 
 import importlib.util
 import itertools
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from robustlayers.core.errors import UserError
 from robustlayers.selection import is_norm
-from robustlayers.training import PhaseTrainer
+from robustlayers.training import PhaseTrainer, Turn, Update
 
 _spec = importlib.util.spec_from_file_location("matrix", Path(__file__).with_name("matrix.py"))
 assert _spec is not None and _spec.loader is not None
@@ -129,15 +131,16 @@ def check_moved(trainer, states):
 
 
 def check_counters(trainer, row, states):
-    """Each pass of an objective that statistics learn from updates them once, and no other pass does."""
-    if row["policy"] != "default" or row["turns"] != "steady" or trainer.update.slow:
-        return
-    runs = {"layer1.1.num_batches_tracked": 2} if row["model"] == "tied" else {}
-    for group, selection in trainer.partition.groups.items():
-        for name in selection:
-            if name.endswith("num_batches_tracked"):
-                count = int(states[-1][f"model/{name}"] - states[0][f"model/{name}"])
-                assert count == STEPS * len(trainer.step.signals[group]) * runs.get(name, 1), name
+    """Statistics are updated as often as foretold: by default once by each pass of an objective that they learn from."""
+    runs = {"layer1.1": 2} if row["model"] == "tied" else {}
+    foretold = [trainer.step.statistics_updates(trainer.program.turn(index)) for index in range(STEPS)]
+    for name in foretold[0]:
+        counter = f"{name}.num_batches_tracked"
+        count = int(states[-1][f"model/{counter}"] - states[0][f"model/{counter}"])
+        assert count == sum(one[name] for one in foretold) * runs.get(name, 1), name
+        (group,) = trainer.partition.group_of(counter)
+        if row["policy"] == "default" and row["turns"] == "steady" and not trainer.update.slow:
+            assert count == STEPS * len(trainer.step.signals[group]) * runs.get(name, 1), name
 
 
 # -- the test --------------------------------------------------------------------------------------------------------
@@ -190,3 +193,143 @@ def test_so_it_does_with_more_levels(row):
 @pytest.mark.parametrize("row", list(cross_product()), ids=named)
 def test_so_it_does_with_every_selector_signal_and_optimizer(row):
     check(row)
+
+
+# -- what a phase costs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS[::6], ids=named)
+def test_the_passes_that_are_foretold_are_those_that_the_model_and_autograd_make(row, monkeypatch):
+    trainer = matrix.trainer_of(row)
+    made = {"forward": 0, "backward": 0}
+
+    def forward(*_):
+        made["forward"] += 1
+
+    def backward(*args, **named):
+        made["backward"] += 1
+        return honest(*args, **named)
+
+    honest = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", backward)
+    trainer.model.register_forward_hook(forward)
+    for _ in range(matrix.EPOCHS):
+        trainer.train_epoch()
+    assert tuple(count * matrix.BATCH for count in made.values()) == trainer.passes()
+
+
+# -- planted faults: the matrix would notice -------------------------------------------------------------------------
+
+PLAIN = {
+    "selector": "norm",
+    "optimizer": "sgd",
+    "signals": "adversarial, natural",
+    "start": "keep",
+    "model": "mlp",
+    "schedule": "constant",
+    "ascent": "none",
+    "average": "none",
+    "policy": "default",
+    "turns": "steady",
+}
+
+
+def without(prefix):
+    return lambda state: {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+
+
+def changed(name, change):
+    return lambda state: state | {name: change(state[name])}
+
+
+@pytest.mark.parametrize(
+    ("lost", "levels"),
+    [
+        (without("update/optimizer/"), {}),
+        (without("update/optimizer/linear.weight"), {"optimizer": "every", "selector": "~CONV"}),
+        (without("update/multirate/"), {"optimizer": "drift"}),
+        (without("update/measured/"), {}),
+        (without("average/average/"), {"average": "ema"}),
+        (without("learned/"), {}),
+        (without("reached/linear.weight"), {}),
+        (changed("tally", torch.zeros_like), {}),
+        (changed("place", lambda place: place + torch.tensor([0, 1])), {}),
+        (changed("model/stem.bn1.running_mean", lambda mean: mean + 1e-6), {}),
+        (changed("model/stem.bn1.num_batches_tracked", lambda count: count + 1), {}),
+    ],
+)
+def test_a_state_that_lacks_anything_is_noticed(lost, levels, monkeypatch):
+    check(PLAIN | levels)
+    honest = PhaseTrainer.load_state
+    monkeypatch.setattr(PhaseTrainer, "load_state", lambda self, state: honest(self, lost(state)))
+    with pytest.raises((AssertionError, UserError)):
+        check(PLAIN | levels)
+
+
+def out_of_turn(monkeypatch):
+    honest = Update.begin
+    monkeypatch.setattr(Update, "begin", lambda self, step, learning=None: honest(self, step))
+
+
+def never_due(monkeypatch):
+    monkeypatch.setattr(Update, "due", lambda self, step: frozenset() if self.optimizer is None else self.groups)
+
+
+def rates_of_the_first_step(monkeypatch):
+    def measuring(self, epoch):
+        turn = self.program.turn(epoch * self.batches)
+        return Turn(turn.learning, None, turn.eps, turn.ascend)
+
+    monkeypatch.setattr(PhaseTrainer, "_measuring", measuring)
+
+
+def epochs_from_their_beginning(monkeypatch):
+    honest = PhaseTrainer._batches
+    monkeypatch.setattr(
+        PhaseTrainer,
+        "_batches",
+        lambda self, epoch, start, stop, **named: honest(self, epoch, 0, stop - start, **named),
+    )
+
+
+def frozen_statistics_that_follow(monkeypatch):
+    @contextmanager
+    def train_mode(model, *_, training, **__):
+        yield model.train(training)
+
+    monkeypatch.setattr("robustlayers.training.step.normalizing", train_mode)
+
+
+def draws_that_hang_on_the_process(monkeypatch):
+    draws = itertools.count()
+    honest = matrix.PGD.__call__
+
+    def crafted(self, forward, x, y, *, generator):
+        generator.manual_seed(next(draws))
+        return honest(self, forward, x, y, generator=generator)
+
+    monkeypatch.setattr(matrix.PGD, "__call__", crafted)
+
+
+@pytest.mark.parametrize(
+    ("plant", "levels"),
+    [
+        (out_of_turn, {"optimizer": "drift", "turns": "handover"}),
+        (never_due, {"optimizer": "every", "selector": "norm.statistics", "signals": "adversarial, frozen"}),
+        (rates_of_the_first_step, {"optimizer": "rgn", "turns": "handover"}),
+        (epochs_from_their_beginning, {}),
+        (frozen_statistics_that_follow, {"signals": "frozen, adversarial"}),
+        (draws_that_hang_on_the_process, {}),
+    ],
+)
+def test_a_planted_fault_is_noticed(plant, levels, monkeypatch):
+    check(PLAIN | levels)
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, UserError)):
+        check(PLAIN | levels)
+
+
+def test_every_two_levels_meet_in_a_row():
+    seen = set().union(*map(matrix.met, ROWS))
+    assert seen == set(matrix.pairs(matrix.AXES)) and len(ROWS) < 70
+    assert not matrix.fits(("selector", "all"), ("turns", "handover"))

@@ -226,7 +226,8 @@ def cka(
     own, its = np.zeros(len(first)), np.zeros(len(second))
     chance = np.zeros((permutations, *cross.shape))
     largest = 0
-    for grams in gram_batches(sides, batch_size, pool=pool, least=need, what="cka", progress=progress):
+    done = 0
+    for grams in gram_batches(sides, batch_size, pool=pool, least=need):
         mine, theirs = (center(gram, estimator).flatten(1) for gram in (grams[0], grams[-1]))
         n = grams[0].shape[-1]
         # HSIC's divisor, n (n-3) or (n-1)^2, and the weight n of the batch.
@@ -238,7 +239,9 @@ def cka(
             order = shuffle(n, generator)
             shuffled = (order[:, None] * n + order[None]).flatten()
             chance[draw] += weight * (mine @ theirs[:, shuffled].T).numpy()
-        largest = max(largest, n)
+        largest, done = max(largest, n), done + n
+        if progress is not None:
+            progress("cka", done, len(x))
     own, its = (np.where(value > 0, value, np.nan) for value in (own, its))
     scale = np.sqrt(own)[:, None] * np.sqrt(its)[None]
     return CKA(
@@ -302,34 +305,33 @@ def sides_of(
 
 
 def gram_batches(
-    sides: Sequence[Side], batch_size: int, *, pool: bool, least: int, what: str, progress: Progress | None
+    sides: Sequence[Side], batch_size: int, *, pool: bool, least: int, precise: bool = False
 ) -> Iterator[list[Tensor]]:
-    """Yield for each batch the Gram matrices of every side, [layers, n, n] in float64 on the CPU.
-
-    Features are centered first: no centered Gram matrix changes by that, and what is left is small enough for the
-    products to be taken in the features' own precision.
-    """
-    count = len(sides[0].x)
-    for batch in batches(count, batch_size, least):
+    """Yield for each batch the Gram matrices of every side, [layers, n, n] in float64 on the CPU; see `gram`."""
+    for batch in batches(len(sides[0].x), batch_size, least):
         found = []
         for side in sides:
             n = batch.stop - batch.start
             grams = torch.empty(len(side.layers), n, n, dtype=torch.float64)
 
             def keep(index: int, output: Tensor, grams: Tensor = grams) -> None:
-                grams[index] = gram(output, pool=pool)
+                grams[index] = gram(output, pool=pool, precise=precise)
 
             capture(side.model, side.x[batch], side.layers, keep)
             found.append(grams)
         yield found
-        if progress is not None:
-            progress(what, batch.stop, count)
 
 
-def gram(output: Tensor, *, pool: bool = False) -> Tensor:
-    """Return the inner products of all samples of [n, ...] after the mean of each feature was subtracted, [n, n]."""
+def gram(output: Tensor, *, pool: bool = False, precise: bool = False) -> Tensor:
+    """Return the inner products of all samples of [n, ...] after the mean of each feature was subtracted, [n, n].
+
+    No centered Gram matrix changes by the subtraction, and what is left is small enough for the products to be taken in
+    the features' own precision. `precise` ones are taken in float64, for uses that look at the smallest eigenvalues.
+    """
     features = pooled(output) if pool else output.flatten(1)
-    if features.dtype in (torch.float16, torch.bfloat16):
+    if precise:
+        features = features.cpu().double()
+    elif features.dtype in (torch.float16, torch.bfloat16):
         features = features.float()
     features = features - features.mean(0)
     return (features @ features.T).cpu().double()

@@ -78,7 +78,7 @@ class Line:
         return {group: max(0.0, height) for group, height in found.items()}
 
     def plot(self, axes: Axes | None = None, *, metric: str | None = None, statistics: str = KEPT) -> Axes:
-        """Draw one metric along every line, from the start (0) to the model (1); of many lines, lighter ones are later groups."""
+        """Draw one metric along every line, from the start (0) to the model (1); of many lines, lighter ones are later."""
         measured = all(point.robust_loss is not None for point in self.points)
         metric = metric or ("robust_loss" if measured else "clean_loss")
         lines = self._lines(metric, statistics)

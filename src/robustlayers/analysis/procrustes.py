@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +17,7 @@ from robustlayers.evaluation import Progress
 
 __all__ = ["Procrustes", "nuclear", "procrustes", "roots"]
 
-_NEGLIGIBLE = 1e-12  # of the largest eigenvalue: below the rounding of a product of float32 features
+_NEGLIGIBLE = 1e-12  # of the largest eigenvalue: what rounding in float64 leaves where there is nothing
 
 
 @dataclass(frozen=True)
@@ -86,21 +88,22 @@ def procrustes(
     largest, done = 0, 0
     total = len(batches(len(x), batch_size, 2)) * len(first)
     symmetric = len(sides) == 1
-    for grams in gram_batches(sides, batch_size, pool=pool, least=2, what="procrustes", progress=None):
-        mine = roots(grams[0])
-        theirs = mine if symmetric else roots(grams[-1])
-        n = grams[0].shape[-1]
-        weight = n / len(x)
-        orders = [shuffle(n, generator) for _ in range(permutations)]
-        for i, columns in enumerate(wanted):
-            for j in columns:
-                if not symmetric or i <= j:
-                    values[i, j] += weight * nuclear(mine[i], theirs[j])
-                for draw, order in enumerate(orders):
-                    chance[draw, i, j] += weight * nuclear(mine[i], theirs[j][order])
-            done += 1
-            if progress is not None:
-                progress("procrustes", done, total)
+    for grams in gram_batches(sides, batch_size, pool=pool, least=2, precise=True):
+        with _one_thread():
+            mine = roots(grams[0])
+            theirs = mine if symmetric else roots(grams[-1])
+            n = grams[0].shape[-1]
+            weight = n / len(x)
+            orders = [shuffle(n, generator) for _ in range(permutations)]
+            for i, columns in enumerate(wanted):
+                for j in columns:
+                    if not symmetric or i <= j:
+                        values[i, j] += weight * nuclear(mine[i], theirs[j])
+                    for draw, order in enumerate(orders):
+                        chance[draw, i, j] += weight * nuclear(mine[i], theirs[j][order])
+                done += 1
+                if progress is not None:
+                    progress("procrustes", done, total)
         largest = max(largest, n)
     if symmetric:
         values = np.where(np.tri(len(values), k=-1, dtype=bool), values.T, values)
@@ -135,3 +138,14 @@ def nuclear(one: Tensor, other: Tensor) -> float:
     if not bool(product.isfinite().all()):
         return float("nan")
     return min(1.0, float(torch.linalg.svdvals(product).sum()))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Decompose matrices of this size on one thread: two take as long on idle cores, and five times that on busy ones."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from robustlayers.cli.arguments import Overrides, StudyFile, Trust
 from robustlayers.cli.console import plain_console
+
+if TYPE_CHECKING:
+    from robustlayers.normalization import NormPolicy
+    from robustlayers.study.plan import PhaseNode, Plan
 
 __all__ = ["plan"]
 
@@ -81,7 +86,7 @@ def plan(
                     tensors_text(group["tensors"]),
                 )
     console.print(groups)
-    console.print("norm layers: " + facts["arms"][0]["phases"][-1]["normalization"], markup=False, soft_wrap=True)
+    _print_policies(console, made)
 
     saved = facts["trainings_unshared"] - facts["trainings"]
     console.print(
@@ -122,6 +127,59 @@ def _print_phases(console: Any, facts: Mapping[str, Any], nodes: Mapping[str, An
                     "; ".join(phase["extras"]),
                 )
     console.print(phases)
+
+
+def _print_policies(console: Any, made: Plan) -> None:
+    """Print the norm policy of each phase that trains: passes x switches, and how often a step updates statistics."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from robustlayers.normalization import policy_table
+    from robustlayers.study.phases import build_policy
+
+    found: dict[str, tuple[NormPolicy, list[tuple[str, str]]]] = {}
+    for node in made.nodes.values():
+        if node.phase.kind != "train":
+            continue
+        policy = build_policy(node.phase.normalization, node.recipe.groups)
+        where = "" if len(node.arms) == len(made.arms) else f" ({', '.join(node.arms)})"
+        found.setdefault(str(policy), (policy, []))[1].append((node.phase.name + where, _updates(node, policy)))
+    for policy, phases in found.values():
+        title = f"norm layers, {policy.name or 'a policy of its own'}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        rows = policy_table(policy)
+        columns = [name for name in rows[0] if name not in ("layers", "branch") or len({row[name] for row in rows}) > 1]
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(row[column]) for column in columns))
+        console.print(table)
+        console.print("updates of the running statistics of a layer in one step:", markup=False, soft_wrap=True)
+        for name, updates in phases:
+            console.print(f"  {name}: {updates}", markup=False, soft_wrap=True)
+
+
+def _updates(node: PhaseNode, policy: NormPolicy) -> str:
+    """Return in words how often a step of a phase updates the running statistics of a norm layer."""
+    from robustlayers.study.phases import build_ascent, input_attack, phase_partition
+    from robustlayers.study.semantics import data_of, model_for_checks
+    from robustlayers.training import PartialStep
+
+    phase, recipe = node.phase, node.recipe
+    model = model_for_checks(recipe.model, data_of(recipe.data)[0])
+    step = PartialStep(
+        model,
+        phase_partition(model, recipe, phase),
+        phase.train,
+        attack=input_attack(recipe, phase),
+        optimizer=None,
+        policy=policy,
+        ascent=build_ascent(phase.ascent),
+    )
+    counts = Counter(step.statistics_updates().values())
+    if len(counts) < 2:
+        return str(next(iter(counts), "none, no layer has any"))
+    return ", ".join(f"{count} in {n} layer{'s' if n > 1 else ''}" for count, n in sorted(counts.items(), reverse=True))
 
 
 def tensors_text(tensors: list[tuple[str, str, float]], most: int = 3) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustlayers.core.errors import UserError, one_of
-from robustlayers.normalization.context import Setting, inference, normalizing
+from robustlayers.normalization.context import inference, normalizing
 from robustlayers.normalization.distances import relative_norm
 from robustlayers.normalization.layers.random_norm import RandomNorm
 from robustlayers.normalization.recalibration import _no_trace
@@ -121,7 +121,7 @@ class Observation:
         self, model: nn.Module, moments: Mapping[str, Moments], parameters: Mapping[str, nn.Parameter], by: By
     ) -> None:
         self.model, self.moments, self.parameters = model, moments, parameters
-        self.settings: dict[nn.Module, Setting] = dict.fromkeys(norm_layers(model).values(), (by, False))
+        self.settings = dict.fromkeys(norm_layers(model).values(), (by, False))
         self.images = 0
         self.reached: set[str] = set()
         self.gradients = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}

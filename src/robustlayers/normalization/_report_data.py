@@ -88,7 +88,7 @@ class NormReport:
         `max`, `mean`, `std`; `scaled_channels`, `dead_channels`, `dead_share`; `lipschitz_median`, `lipschitz_max`. For
         each pass: `mean_l2`, `variance_l2`, `kl_mean`, `kl_max`, `wasserstein_mean`, `wasserstein_max`,
         `lipschitz_median`, `lipschitz_max`, `scale_rate`, `shift_rate`. The layer `all` stands last, for the whole model:
-        its channels, dead ones and their share, and for each pass `kl_mean` over all channels.
+        its channels, dead ones, their share and the threshold, and for each pass `kl_mean` over all channels.
         """
         rows = [row for layer in self.layers for row in _layer_rows(layer)]
         found: dict[tuple[str, str], float] = {}
@@ -97,6 +97,7 @@ class NormReport:
             found["", "scaled_channels"] = float(scaled)
             found["", "dead_channels"] = float(sum(len(layer.dead) for layer in self.layers))
             found["", "dead_share"] = found["", "dead_channels"] / scaled
+            found["", "dead_threshold"] = self.threshold
         for name in self.passes:
             apart = [value for layer in self.layers if name in layer.passes for value in layer.passes[name].kl]
             if apart:

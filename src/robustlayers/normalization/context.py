@@ -95,7 +95,9 @@ def normalizing(
         undo.callback(scope.end)
         for module in modules:
             if is_norm(module):
-                setting = Setting(*settings.get(module, _RUNNING))
+                setting = settings.get(module, _RUNNING)
+                if not isinstance(setting, Setting):
+                    setting = Setting(setting[0], setting[1])
                 _choose(module, setting, undo)
                 module.training = setting.by == "batch"
                 steer = _Steer(module, setting, module in moving, None if frozen is None else frozen.get(module), scope)
@@ -412,7 +414,7 @@ def _choose(module: nn.Module, setting: Setting, undo: ExitStack) -> None:
         undo.enter_context(conditioned(module, setting.condition))
     if setting.branch is not None and setting.branch in getattr(module, "branches", ()):
         undo.callback(partial(setattr, module, "branch", module.branch))
-        module.branch = setting.branch  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(module, "branch", setting.branch)  # noqa: B010
 
 
 def _filled(setting: Setting, outer: Setting) -> Setting:

@@ -130,6 +130,8 @@ class MultiplyAdd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the shape of `x`, [n, c, ...]."""
         scale, shift = self.scaling.scale, self.scaling.shift
+        if x.dtype == torch.bfloat16 and torch.is_autocast_enabled(x.device.type):
+            scale, shift = scale.to(x.dtype), shift.to(x.dtype)
         if x.dim() not in self._dims or x.shape[1] != len(scale) or x.dtype != scale.dtype:
             return self._instead[0](x)  # which says what is wrong with it, or has its own rule for mixed dtypes
         shape = (-1,) + (1,) * (x.dim() - 2)

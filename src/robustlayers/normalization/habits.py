@@ -62,9 +62,7 @@ HABITS: dict[str, NormPolicy] = {
     ),
     # BNwoT of RobustNorm (Awais et al. 2020, arXiv 2006.11007): by the batch in every pass, also when crafting and measuring.
     # The running statistics are kept up all the same, so that measuring by them remains possible.
-    "batch-at-test": NormPolicy(
-        craft=Switch("batch", False), evaluate=Switch("batch", False), name="batch-at-test"
-    ),
+    "batch-at-test": NormPolicy(craft=Switch("batch", False), evaluate=Switch("batch", False), name="batch-at-test"),
 }
 
 

@@ -217,7 +217,7 @@ def _arms(
             text = f"two arms would be called {name!r}; rename a level"
             faults.append(Fault(text, document.file, document.line(("factors",)), "factors"))
         recipe, found = _recipe(config, value, levels, document, changed, trust)
-        for fault in found:
+        for fault in dict.fromkeys(found):  # two phases may have it
             owners.setdefault(fault, []).append(name)
         if recipe is not None:
             arms[name] = ArmDefinition(name, levels, recipe)

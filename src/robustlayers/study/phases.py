@@ -13,12 +13,14 @@ from torch import nn
 from robustlayers import attacks
 from robustlayers.core.errors import UserError, one_of
 from robustlayers.data import Augment, Images, batch_count
-from robustlayers.normalization import NormPolicy, Switch
+from robustlayers.normalization import PASSES, NormPolicy, Switch, habit
+from robustlayers.normalization.policy import policy_content
 from robustlayers.selection import Inventory, Partition, resolve
 from robustlayers.study.schema import (
     GroupOptimizerConfig,
     NormalizationConfig,
     OptimizerConfig,
+    PassesConfig,
     PhaseConfig,
     Recipe,
     ScheduleConfig,
@@ -87,14 +89,32 @@ def input_attack(recipe: Recipe, phase: PhaseConfig) -> Any | None:
     return training_attack(phase.attack or recipe.attack, recipe.threat) if needs_attack(phase) else None
 
 
-def build_policy(config: NormalizationConfig) -> NormPolicy:
-    """Return the norm policy of a phase."""
-    return NormPolicy(
-        craft=Switch(config.craft.by, config.craft.update),
-        clean=Switch(config.clean.by, config.clean.update),
-        adversarial=Switch(config.adversarial.by, config.adversarial.update),
-        ascent=Switch(config.ascent.by, config.ascent.update),
-    )
+def build_policy(config: NormalizationConfig, groups: Mapping[str, str] | None = None) -> NormPolicy:
+    """Return the norm policy of a phase; `groups` are the recipe's names for selectors."""
+    base = habit(config.habit or "standard")
+    own = _switches(config)
+    layers: dict[str, Mapping[str, Switch]] = {}
+    for selector, passes in config.layers.items():
+        inherited = {} if passes.habit is None else habit(passes.habit).switches
+        made = {**base.switches, **own}
+        switches = {**{name: switch for name, switch in inherited.items() if name in made}, **_switches(passes)}
+        layers[(groups or {}).get(selector, selector)] = switches
+    return base.changed(**own, layers=layers) if own or layers else base
+
+
+def _switches(config: PassesConfig) -> dict[str, Switch]:
+    given = {name: getattr(config, name) for name in PASSES}
+    faults = []
+    found = {}
+    for name, switch in given.items():
+        if switch is not None:
+            try:
+                found[name] = Switch(**{key: getattr(switch, key) for key in type(switch).model_fields})
+            except UserError as error:
+                faults += [fault.at(path=name) for fault in error.faults]
+    if faults:
+        raise UserError(faults)
+    return found
 
 
 def build_optimizer_settings(config: OptimizerConfig) -> OptimizerSettings:
@@ -221,7 +241,8 @@ def build_trainer(
         batch_size=phase.batch_size,
         optimizer=build_optimizer_settings(phase.optimizer),
         schedule=build_schedule(phase.schedule),
-        policy=build_policy(phase.normalization),
+        policy=build_policy(phase.normalization, recipe.groups),
+        crafting=phase.crafting,
         augment=Augment(augment.crop, augment.flip),
         windows={group: (begin, end) for group, (begin, end) in phase.windows.items()},
         perturbation=build_perturbation(phase.perturbation),
@@ -239,8 +260,9 @@ def phase_content(recipe: Recipe, phase: PhaseConfig, attack: Callable[[Any], An
         return {**_change_content(phase), "attack": _attack_content(recipe, phase, attack)}
     content = phase.model_dump(
         mode="json",
-        include={"name", "epochs", "batch_size", "optimizer", "schedule", "normalization"},
+        include={"name", "epochs", "batch_size", "optimizer", "schedule"},
     )
+    content["normalization"] = policy_content(build_policy(phase.normalization, recipe.groups))
     optimizer, schedule = content["optimizer"], content["schedule"]
     for key, default in (("decay", "all"), ("groups", {}), ("clip", None), ("rates", "fixed")):
         if optimizer[key] == default:
@@ -254,8 +276,8 @@ def phase_content(recipe: Recipe, phase: PhaseConfig, attack: Callable[[Any], An
             elif key == "schedule":
                 _without_cycles(own[key])
     _without_cycles(schedule)
-    if content["normalization"]["ascent"] == {"by": "auto", "update": False}:
-        del content["normalization"]["ascent"]
+    if phase.crafting != "fp32":
+        content["crafting"] = phase.crafting
     if phase.steps is not None:
         content["steps"] = phase.steps
     if phase.windows:

@@ -213,7 +213,7 @@ def written(document: Mapping[str, Any], path: Keys) -> Keys:
     >>> written(document, ("phases", 1, "attack")), written(document, ("phases", 1, "epochs"))
     (('phases', 'bakiskan', 'part', 'attack'), ('phases', 'bakiskan', 'epochs', 1))
     >>> written(document, ("phases", 1, "train", "late")), written(document, ("groups", "early"))
-    (('phases', 'bakiskan'), ('phases', 'bakiskan', 'cut'))
+    (('phases', 'bakiskan', 'cut'), ('phases', 'bakiskan', 'cut'))
     """
     phases = document.get("phases")
     if not isinstance(phases, Mapping) or len(phases) != 1:
@@ -221,15 +221,19 @@ def written(document: Mapping[str, Any], path: Keys) -> Keys:
     ((name, options),) = phases.items()
     options = options if isinstance(options, Mapping) else {}
     top: Keys = ("phases", str(name))
+    divided = (*top, *[key for key in ("cut", "single") if options.get(key) is not None][:1])
     if path[:1] == ("groups",) and len(path) > 1 and path[1] not in (document.get("groups") or {}):
-        return (*top, *[key for key in ("cut", "single") if options.get(key) is not None][:1])
+        return divided
     if path[:1] != ("phases",) or len(path) < 2 or not isinstance(path[1], int):
         return top if path[:1] == ("phases",) else path
     index, rest = path[1], path[2:]
     try:
-        phase = expand(document)["phases"][index]["name"]
+        expanded = expand(document)
+        phase = expanded["phases"][index]["name"]
     except (UserError, IndexError):
         return top
+    if rest[:1] == ("train",) and rest[1:2] and rest[1] in expanded.get("groups", {}):
+        return divided
     if rest[:1] == ("epochs",) and "epochs" in options:
         return (*top, "epochs", index) if isinstance(options["epochs"], list) else (*top, "epochs")
     for length in range(len(rest), 0, -1):  # the nearest part of the path that is there, the phase's own first

@@ -113,18 +113,58 @@ class ThreatConfig(_Closed):
 class SwitchConfig(_Closed):
     """What norm layers do in one pass."""
 
-    by: Literal["auto", "batch", "running"] = "auto"
-    update: bool | Literal["auto"] = "auto"
+    by: Literal["auto", "batch", "running", "frozen", "mixture"] = Field(
+        default="auto", description="statistics that normalize; frozen: those at the start of the phase"
+    )
+    update: bool | Literal["auto"] = Field(default="auto", description="the running statistics, by the batch")
+    momentum: Quantity | Literal["cumulative"] | None = Field(
+        default=None, description="of the update, in (0, 1]; cumulative: the mean of all batches"
+    )
+    alpha: Quantity | None = Field(
+        default=None, ge=0, le=1, description="of mixture: alpha batch + (1 - alpha) running"
+    )
+    branch: str | None = Field(default=None, description="of layers that have it: main, auxiliary, ...")
+    condition: Quantity | None = Field(default=None, ge=0, le=1, description="of conditional layers")
 
 
-class NormalizationConfig(_Closed):
-    """The norm policy: a switch for each pass. Crafting by running statistics without a trace is the default."""
+class PassesConfig(_Closed):
+    """A switch for each pass; those left out are the habit's."""
 
-    craft: SwitchConfig = SwitchConfig(by="running", update=False)
-    clean: SwitchConfig = SwitchConfig()
-    adversarial: SwitchConfig = SwitchConfig()
-    ascent: SwitchConfig = Field(
-        default=SwitchConfig(update=False), description="passes at weights that an ascent has perturbed"
+    habit: (
+        Literal[
+            "standard",
+            "rice",
+            "trades",
+            "mart",
+            "clean-statistics",
+            "adversarial-statistics",
+            "frozen",
+            "batch-at-test",
+        ]
+        | None
+    ) = Field(default=None, description="a published policy")
+    craft: SwitchConfig | None = Field(default=None, description="forwards of the attack")
+    score: SwitchConfig | None = Field(default=None, description="an added forward of what was crafted")
+    clean: SwitchConfig | None = None
+    adversarial: SwitchConfig | None = None
+    again: SwitchConfig | None = Field(default=None, description="an added clean forward before the update")
+    ascent: SwitchConfig | None = Field(
+        default=None, description="passes at weights that an ascent has perturbed; no update unless given"
+    )
+    log: SwitchConfig | None = Field(default=None, description="an added clean forward after the update")
+    evaluate: SwitchConfig | None = Field(default=None, description="measuring")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        return {"habit": value} if isinstance(value, str) else value
+
+
+class NormalizationConfig(PassesConfig):
+    """The norm policy: a habit's name, or a switch for each pass that differs from it; `standard` unless given."""
+
+    layers: dict[str, PassesConfig] = Field(
+        default={}, description="selector, or name of a group -> what its norm layers do otherwise"
     )
 
 
@@ -194,6 +234,9 @@ class TrainingConfig(_Closed):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     normalization: NormalizationConfig = NormalizationConfig()
+    crafting: Literal["fp32", "bf16", "auto"] = Field(
+        default="fp32", description="precision of crafting; auto: the fastest whose gradient agrees with the model's"
+    )
 
 
 class StartConfig(BaseModel):

@@ -119,6 +119,7 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
         {
             "forward_passes": record["forward_passes"],
             "backward_passes": record["backward_passes"],
+            **({"crafting": work.step.choice.reason} if isinstance(work, PhaseTrainer) and work.step.choice else {}),
             "groups": [{**vars(change), "broken": list(change.broken), "kept": change.kept} for change in ledger],
         },
     )

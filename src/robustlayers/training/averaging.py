@@ -22,7 +22,6 @@ from robustlayers.core.errors import UserError, one_of
 from robustlayers.core.quantities import number
 from robustlayers.normalization import crafting_forward, recalibration
 from robustlayers.selection.inventory import Entry, Inventory, is_norm
-from robustlayers.selection.selection import Selection
 from robustlayers.selection.selectors import resolve
 
 __all__ = ["AVERAGES", "Average", "AverageSettings"]

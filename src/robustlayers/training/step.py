@@ -28,6 +28,7 @@ from robustlayers.normalization.fold import CraftingForward, crafting_forward
 from robustlayers.normalization.habits import habit
 from robustlayers.normalization.layers import RandomNorm, seed_draws
 from robustlayers.normalization.policy import NormPolicy
+from robustlayers.normalization.precision import PRECISIONS, Choice
 from robustlayers.selection.inventory import norm_layers
 from robustlayers.selection.partition import Partition
 from robustlayers.training.ascent import Ascent, bind, climb, parse_ascent, perturbed, stationary
@@ -96,6 +97,7 @@ class PartialStep:
         policy: what norm layers do in each pass, or the name of a habit; `frozen` are the statistics of this moment.
         ascent: perturbs weights before the gradient is taken: every perturbed tensor climbs the loss that it descends, a
             frozen one the sum of all; the passes at the perturbed weights have the norm policy `ascent`.
+        crafting: precision of our attacks' forward, `fp32`, `bf16` or `auto`; see `crafting_forward`.
         seed: of the attack's own random stream, one draw per step, unless `generator` is given to the call.
 
     Raises:
@@ -123,6 +125,7 @@ class PartialStep:
         attack: Attack | None = None,
         policy: NormPolicy | str | None = None,
         ascent: Ascent | str | Mapping[str, Any] | None = None,
+        crafting: str = "fp32",
         seed: int = 0,
     ) -> None:
         if partition.model is not model:
@@ -134,7 +137,11 @@ class PartialStep:
         self.seed = seed
         self.steps = 0
         self.reached: set[str] = set()  # tensors that got a gradient in any step
+        if crafting not in PRECISIONS:
+            raise UserError(one_of("crafting", crafting, PRECISIONS))
+        self.crafting = crafting
         self._folded: CraftingForward | None = None
+        self._choice: Choice | None = None
         self.signals = _signals(partition, signals)
         if not any(self.signals.values()):
             raise UserError("every group is frozen: nothing to train")
@@ -200,6 +207,15 @@ class PartialStep:
             forward += getattr(self.attack, "forward_passes", 0) + self._scores(binding, self.attack)
             backward += getattr(self.attack, "backward_passes", 0)
         return forward, backward
+
+    @property
+    def choice(self) -> Choice | None:
+        """What `crafting="auto"` stands for, once a batch was crafted; set it before to have it so, as in a resume."""
+        return self._choice
+
+    @choice.setter
+    def choice(self, choice: Choice | None) -> None:
+        self._choice, self._folded = choice, None
 
     def binding(self, turn: Turn = WHOLE) -> Binding:
         """Return what a step of this turn computes; made once for each set of groups."""
@@ -376,7 +392,9 @@ class PartialStep:
             # The same function of x with norm layers folded away, at a fraction of the cost. A layer with branches runs as
             # it is, so that the branch that crafts, which is chosen below, is the one that is attacked.
             if self._folded is None:
-                self._folded = crafting_forward(self.model)
+                self._folded = crafting_forward(self.model, precision=self.crafting)
+                if self.crafting == "auto":
+                    self._choice = self._folded.settle(x, self._choice)
             self._folded.refresh()
             forward = self._folded
         with guard(self.model, keep_statistics=binding.crafting_updates), self._kept(binding):

@@ -15,6 +15,7 @@ for phase in recipe.phases:
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream, stream_seed
 from robustlayers.data import Augment, Images, batch_sizes, batches
 from robustlayers.normalization.policy import NormPolicy
+from robustlayers.normalization.precision import Choice
 from robustlayers.selection.inventory import is_norm
 from robustlayers.selection.partition import Partition
 from robustlayers.training.ascent import Ascent
@@ -79,6 +81,7 @@ class PhaseTrainer:
         windows: group -> the part of the phase in which it learns, as fractions: progressive freezing and unfreezing.
         perturbation: schedule of the attack's eps.
         ascent: see `PartialStep`.
+        crafting: precision of crafting; what `auto` chose is part of the state.
         average: of the weights, beside the training: `result()` is then the averaged model.
 
     Raises:
@@ -104,6 +107,7 @@ class PhaseTrainer:
         perturbation: Perturbation | None = None,
         ascent: Ascent | str | Mapping[str, Any] | None = None,
         average: AverageSettings | None = None,
+        crafting: str = "fp32",
         seed: int = 0,
         first_epoch: int = 0,
         device: torch.device | str = "cpu",
@@ -118,7 +122,14 @@ class PhaseTrainer:
         self.epochs = math.ceil(self.steps / self.batches)
         self.partition = Partition(model, groups)
         self.step = PartialStep(
-            model, self.partition, signals, attack=attack, optimizer=None, policy=policy, ascent=ascent
+            model,
+            self.partition,
+            signals,
+            attack=attack,
+            optimizer=None,
+            policy=policy,
+            ascent=ascent,
+            crafting=crafting,
         )
         settings = optimizer or OptimizerSettings()
         self.update = Update(self.partition, self.step.signals, settings, schedule or Schedule(), self.steps)
@@ -279,7 +290,11 @@ class PhaseTrainer:
                 one, two = self.step.passes_per_batch(self._measuring(epoch))
                 images = sum(self.sizes[: settings.rates_batches])
                 forward, backward = forward + one * images, backward + two * images
-        if self.average is not None and self.average.settings.statistics == "recalibrate" and self._learning_statistics():
+        if (
+            self.average is not None
+            and self.average.settings.statistics == "recalibrate"
+            and self._learning_statistics()
+        ):
             own = self.average.settings
             attack = self.step.attack if own.on == "adversarial" else None
             for epoch in range(self.epochs):
@@ -333,6 +348,10 @@ class PhaseTrainer:
         if self.average is not None:
             state |= {f"average/{name}": tensor for name, tensor in self.average.state().items()}
         state |= {f"learned/{group}": torch.tensor(count) for group, count in self._tally.learned.items()}
+        if self.step.choice is not None:
+            state["crafting"] = torch.tensor(
+                list(json.dumps(self.step.choice.plain_data()).encode()), dtype=torch.uint8
+            )
         state["place"] = torch.tensor([self.done, self.within])
         tally = self._tally
         state["tally"] = torch.tensor([tally.loss, tally.images, tally.forward, tally.backward], dtype=torch.float64)
@@ -349,6 +368,8 @@ class PhaseTrainer:
         if self.average is not None:
             self.average.load_state(under("average/"))
         self.step.reached = set(under("reached/"))
+        if "crafting" in tensors:
+            self.step.choice = Choice.of(json.loads(bytes(tensors["crafting"].tolist())))
         self.done, self.within = (int(value) for value in tensors["place"])
         loss, images, forward, backward = tensors["tally"].tolist()
         learned = {group: int(count) for group, count in under("learned/").items()}

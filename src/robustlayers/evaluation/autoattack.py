@@ -1,0 +1,146 @@
+"""AutoAttack that can be stopped: four attacks in turn, each on the images that the ones before have not broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from robustlayers.attacks import APGD, FAB, NamedAttack, Square, TargetedAPGD, Threat, label
+from robustlayers.core.errors import UserError
+from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still
+from robustlayers.evaluation.cascade import Moment, Outcome, cascade
+
+__all__ = ["HINT", "autoattack", "autoattack_label", "standard"]
+
+HINT = 'fab-t is left out: it needs pyautoattack; install it by: pip install "robustlayers[autoattack]"'
+"""What a person is told who evaluates without pyautoattack."""
+
+_NAMES = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
+
+
+def autoattack(
+    forward: Forward,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: Threat,
+    directory: Path | str | None = None,
+    steps: int = 100,
+    targets: int = 9,
+    queries: int = 5000,
+    whole: bool = False,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: Callable[[Moment], None] | None = None,
+) -> Outcome:
+    """Evaluate by AutoAttack (Croce & Hein 2020): APGD-CE, APGD-T, FAB-T and Square, each on what is still right.
+
+    `forward`: an `nn.Module`, evaluated in evaluation mode with norm layers by running statistics and left without a
+    trace, or a function from images to logits; `x`: images [n, c, h, w], uint8 or floats in [0, 1]; `y`: labels [n].
+    Attacks on a module see an equivalent with norm layers folded away, which costs less; every verdict is that of the
+    module itself. Each batch is checked against ball and box, and at the end the final images are judged once more.
+
+    With a `directory`, what a batch has found is kept there: a process that is killed loses one batch of one attack, and
+    the same call goes on from there to the same result. An image's random draws depend on `seed` and the image alone, so
+    neither `batch_size` (chosen by the device unless given) nor the order or choice of the images changes its verdict.
+
+    The outcome's label is `AutoAttack` only for the standard: all four attacks with `steps` 100, `targets` 9 and `queries`
+    5000, on a `whole` test set, as the caller says. Otherwise it says what ran: `APGD-CE+T+Square, n=500`. FAB-T is left
+    out where pyautoattack is not installed, Square in l1; with fewer than four classes APGD-T takes the margin as its loss.
+
+    Raises `UserError` for images outside [0, 1] and for a directory that holds another evaluation.
+
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    >>> with torch.no_grad():
+    ...     _ = net[1].weight.copy_(torch.eye(3, 4)), net[1].bias.zero_()
+    >>> x, y = torch.tensor([[[[0.9, 0.1], [0.2, 0.5]]], [[[0.4, 0.5], [0.3, 0.5]]]]), torch.tensor([0, 1])
+    >>> outcome = autoattack(net, x, y, threat=Threat("linf", 0.1), steps=5, queries=20)
+    >>> outcome.clean.tolist(), outcome.robust.tolist(), outcome.broken_by
+    ([True, True], [True, False], ('', 'apgd-ce-5'))
+    """
+    check_labels(x, y)
+    attacks, notes = standard(threat, _classes(forward, x), steps=steps, targets=targets, queries=queries)
+    return cascade(
+        forward,
+        x,
+        y,
+        attacks,
+        directory=directory,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+        label=autoattack_label(attacks, len(x), whole=whole),
+        notes=notes,
+    )
+
+
+def standard(
+    threat: Threat, classes: int = 10, *, steps: int = 100, targets: int = 9, queries: int = 5000
+) -> tuple[dict[str, NamedAttack], tuple[str, ...]]:
+    """Return the attacks of AutoAttack in their order, by short name, and a note on each that has to be left out.
+
+    >>> list(standard(Threat("l1", 12))[0])[:2]
+    ['apgd-ce', 'apgd-t']
+    """
+    attacks: list[NamedAttack] = [
+        APGD(threat, steps, "ce", early_exit=True),
+        TargetedAPGD(threat, steps, targets, "dlr" if classes >= 4 else "margin"),
+    ]
+    notes = []
+    if FAB.available():
+        attacks.append(FAB(threat, steps, targets))
+    else:
+        notes.append(HINT)
+    if threat.norm == "l1":
+        notes.append("square is left out: it is not offered for l1")
+    else:
+        attacks.append(Square(threat, queries))
+    return {label(attack): attack for attack in attacks}, tuple(notes)
+
+
+def autoattack_label(attacks: dict[str, NamedAttack], images: int, *, whole: bool) -> str:
+    """Return `AutoAttack` for the standard on a whole test set; otherwise what ran, and on how many images.
+
+    >>> attacks, _ = standard(Threat("linf", "8/255"))
+    >>> attacks.pop("fab-t", None) and None
+    >>> autoattack_label(attacks, 500, whole=False)
+    'APGD-CE+T+Square, n=500'
+    """
+    if not attacks:
+        raise UserError("autoattack: no attack is left to run")
+    plain = [name for name, attack in attacks.items() if _is_standard(name, attack)]
+    if whole and plain == list(_NAMES):
+        return "AutoAttack"
+    parts: list[str] = []
+    for name, attack in attacks.items():
+        if name not in plain:
+            targets = getattr(attack, "targets", 9)
+            parts.append(name if targets == 9 else f"{name} ({targets} target{'s' if targets > 1 else ''})")
+        elif name == "apgd-t" and parts == ["APGD-CE"]:
+            parts.append("T")
+        else:
+            parts.append(_NAMES[name])
+    return f"{'+'.join(parts)}, n={images}"
+
+
+def _is_standard(name: str, attack: NamedAttack) -> bool:
+    wanted = {
+        "apgd-ce": APGD(attack.threat, early_exit=True),
+        "apgd-t": TargetedAPGD(attack.threat),
+        "fab-t": FAB(attack.threat),
+    }
+    if attack.threat.norm != "l1":
+        wanted["square"] = Square(attack.threat)
+    return wanted.get(name) == attack or (name == "square" and wanted.get("square") == attack)
+
+
+def _classes(forward: Forward, x: Tensor) -> int:
+    device = device_of(forward, x)
+    with still(forward, device), torch.no_grad():
+        logits = forward(images(x[:1], device))
+    if logits.ndim != 2:
+        raise UserError(f"the forward must return logits [n, classes]; it returned {list(logits.shape)} for one image")
+    return logits.shape[1]

@@ -1,0 +1,286 @@
+"""The formulas of the common corruptions of Hendrycks & Dietterich 2019, written anew for batches of small images.
+
+A formula takes images [n, c, h, w] in [0, 1], the numbers of its severity, and one generator for each image; what it
+returns may leave [0, 1] and is clamped by `corruptions.corrupt`. Draws come from the generators alone, on the CPU, so an
+image's corruption is the same in every batch and on every device. Lengths are in pixels and meant for about 32 x 32.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustlayers.attacks._draws import normal, uniform
+from robustlayers.core.errors import UserError
+from robustlayers.evaluation._filters import (
+    blur,
+    box_resize,
+    disk,
+    filtered,
+    luminance,
+    motion,
+    sample,
+    zoomed,
+)
+
+__all__ = [
+    "Formula",
+    "brightness",
+    "contrast",
+    "defocus_blur",
+    "elastic_transform",
+    "fog",
+    "frost",
+    "gaussian_blur",
+    "gaussian_noise",
+    "glass_blur",
+    "impulse_noise",
+    "jpeg_compression",
+    "motion_blur",
+    "pixelate",
+    "plasma",
+    "saturate",
+    "shot_noise",
+    "snow",
+    "speckle_noise",
+    "zoom_blur",
+]
+
+Formula = Callable[[Tensor, Any, Sequence[torch.Generator]], Tensor]
+Draws = Sequence[torch.Generator]
+
+
+# -- noise ---------------------------------------------------------------------------------------------------------
+
+
+def gaussian_noise(x: Tensor, sigma: float, draws: Draws) -> Tensor:
+    """x + sigma z, z standard normal for every value."""
+    return x + sigma * normal(x.shape, draws, x.dtype).to(x.device)
+
+
+def shot_noise(x: Tensor, photons: float, draws: Draws) -> Tensor:
+    """Poisson(photons x) / photons: mean x, variance x / photons."""
+    rates = (x * photons).cpu()
+    counts = [torch.poisson(rate, generator=one) for rate, one in zip(rates, draws, strict=True)]
+    return (torch.stack(counts) / photons).to(x)
+
+
+def impulse_noise(x: Tensor, share: float, draws: Draws) -> Tensor:
+    """Salt and pepper: a value is replaced with probability `share`, by 0 or by 1 as likely."""
+    u = uniform(x.shape, draws, x.dtype).to(x.device)
+    return torch.where(u < share / 2, 0.0, torch.where(u < share, 1.0, x))
+
+
+def speckle_noise(x: Tensor, sigma: float, draws: Draws) -> Tensor:
+    """x + x sigma z, z standard normal: noise in proportion to the brightness."""
+    return x + x * sigma * normal(x.shape, draws, x.dtype).to(x.device)
+
+
+# -- blur ----------------------------------------------------------------------------------------------------------
+
+
+def gaussian_blur(x: Tensor, sigma: float, draws: Draws) -> Tensor:
+    """A Gaussian of standard deviation `sigma` pixels."""
+    return blur(x, sigma)
+
+
+def defocus_blur(x: Tensor, level: tuple[float, float], draws: Draws) -> Tensor:
+    """The mean over a disk, softened: (radius, standard deviation of the softening)."""
+    return filtered(x, disk(*level))
+
+
+def glass_blur(x: Tensor, level: tuple[float, int, int], draws: Draws) -> Tensor:
+    """Pixels exchanged with near ones between two Gaussian blurs: (sigma, largest distance, rounds).
+
+    From the last pixel to the first, each is exchanged with one drawn from those up to `distance` - 1 after and
+    `distance` before it in either direction. The published code means to exchange and copies instead; here they are
+    exchanged.
+    """
+    sigma, reach, rounds = level
+    n, c, h, w = x.shape
+    x = blur(x, sigma)
+    if h > 2 * reach and w > 2 * reach:
+        moves = uniform((n, rounds, h - 2 * reach, w - 2 * reach, 2), draws).mul(2 * reach).floor().sub(reach)
+        moves = moves.long().numpy()
+        places = np.tile(np.arange(h * w).reshape(1, h, w), (n, 1, 1))
+        images = np.arange(n)
+        for turn in range(rounds):
+            for row in range(h - reach - 1, reach - 1, -1):
+                for column in range(w - reach - 1, reach - 1, -1):
+                    move = moves[:, turn, row - reach, column - reach]
+                    there = row + move[:, 0], column + move[:, 1]
+                    kept = places[images, *there]
+                    places[images, *there] = places[:, row, column]
+                    places[:, row, column] = kept
+        index = torch.from_numpy(places).to(x.device).view(n, 1, h * w).expand(n, c, h * w)
+        x = x.flatten(2).gather(2, index).view(n, c, h, w)
+    return blur(x, sigma)
+
+
+def motion_blur(x: Tensor, level: tuple[float, float], draws: Draws) -> Tensor:
+    """A smear along a direction between -45 and 45 degrees: (radius, standard deviation)."""
+    return motion(x, *level, _degrees(-45, 45, draws))
+
+
+def zoom_blur(x: Tensor, widest: float, draws: Draws) -> Tensor:
+    """The mean of the image and of its enlargements by 1, 1.01, ... up to `widest`."""
+    factors = [1 + step / 100 for step in range(round(100 * (widest - 1)) + 1)]
+    return (x + torch.stack([zoomed(x, factor) for factor in factors]).sum(0)) / (len(factors) + 1)
+
+
+# -- weather -------------------------------------------------------------------------------------------------------
+
+
+def plasma(n: int, height: int, width: int, decay: float, draws: Draws) -> Tensor:
+    """Return clouds [n, 1, height, width] in [0, 1] by the diamond-square algorithm on a torus.
+
+    Every new point is the mean of its four neighbors and a uniform draw; the amplitude of the draws falls by `decay`
+    squared from each size of detail to the half, so a larger `decay` is smoother.
+    """
+    side = 2
+    while side < max(height, width):
+        side *= 2
+    cloud = torch.zeros(n, side, side, dtype=torch.float64)
+    step, reach = side, 100.0
+
+    def mean_and_draw(corners: Tensor) -> Tensor:
+        return corners / 4 + reach**2 * (2 * uniform(corners.shape, draws, torch.float64) - 1)
+
+    while step >= 2:
+        half = step // 2
+        old = cloud[:, ::step, ::step]
+        pair = old + old.roll(-1, 1)
+        cloud[:, half::step, half::step] = mean_and_draw(pair + pair.roll(-1, 2))
+        new = cloud[:, half::step, half::step]
+        cloud[:, ::step, half::step] = mean_and_draw(new + new.roll(1, 1) + old + old.roll(-1, 2))
+        cloud[:, half::step, ::step] = mean_and_draw(new + new.roll(1, 2) + old + old.roll(-1, 1))
+        step, reach = half, reach / decay
+    low, high = cloud.amin((1, 2), keepdim=True), cloud.amax((1, 2), keepdim=True)
+    return ((cloud - low) / (high - low))[:, None, :height, :width]
+
+
+def fog(x: Tensor, level: tuple[float, float], draws: Draws) -> Tensor:
+    """(x + amount plasma) m / (m + amount), m the image's brightest value: (amount, decay of the plasma)."""
+    amount, decay = level
+    brightest = x.amax((1, 2, 3), keepdim=True)
+    clouds = plasma(len(x), *x.shape[2:], decay, draws).to(x)
+    return (x + amount * clouds) * brightest / (brightest + amount)
+
+
+def frost(x: Tensor, level: tuple[float, float], draws: Draws) -> Tensor:
+    """Share of the image, and of frost: here bright veins where two clouds are at half their height, on a pale ground.
+
+    The benchmark lays six photographs of frost over the images. They are not part of this package, so this pattern is
+    procedural and its numbers are not comparable with the benchmark's.
+    """
+    keep, amount = level
+    clouds = [plasma(len(x), *x.shape[2:], 1.8, draws).to(x) for _ in range(2)]
+    veins = torch.stack([(1 - (2 * cloud - 1).abs()) ** 3 for cloud in clouds]).amax(0)
+    pattern = 0.35 + 0.65 * veins
+    tint = x.new_tensor([0.86, 0.93, 1.0] if x.shape[1] == 3 else [0.93]).view(1, -1, 1, 1)
+    return keep * x + amount * pattern * tint
+
+
+def snow(x: Tensor, level: tuple[float, float, float, float, float, float, float], draws: Draws) -> Tensor:
+    """Flakes, smeared along their fall, over an image that is paler: both the layer and its turn by 180 degrees.
+
+    (mean, deviation of a normal layer; its enlargement; flakes are what is above a threshold; radius and standard
+    deviation of the smear; share of the image as it is).
+    """
+    mean, deviation, factor, threshold, radius, sigma, keep = level
+    n, _, h, w = x.shape
+    layer = (mean + deviation * normal((n, 1, h, w), draws, x.dtype)).to(x.device)
+    layer = zoomed(layer, factor)
+    layer = torch.where(layer < threshold, 0.0, layer).clamp(0, 1)
+    layer = motion(layer, radius, sigma, _degrees(-135, -45, draws))
+    pale = torch.maximum(x, 1.5 * luminance(x) + 0.5)
+    return keep * x + (1 - keep) * pale + layer + layer.flip(2, 3)
+
+
+# -- digital -------------------------------------------------------------------------------------------------------
+
+
+def brightness(x: Tensor, amount: float, draws: Draws) -> Tensor:
+    """The value of HSV raised by `amount`, with hue and saturation kept; gray images are shifted."""
+    if x.shape[1] != 3:
+        return x + amount
+    value = x.amax(1, keepdim=True)
+    raised = (value + amount).clamp(0, 1)
+    return torch.where(value > 0, x * (raised / value.clamp_min(1e-12)), raised)
+
+
+def contrast(x: Tensor, amount: float, draws: Draws) -> Tensor:
+    """(x - m) amount + m, m the mean of each channel."""
+    mean = x.mean((2, 3), keepdim=True)
+    return (x - mean) * amount + mean
+
+
+def saturate(x: Tensor, level: tuple[float, float], draws: Draws) -> Tensor:
+    """The saturation s of HSV becomes a s + b, for images with three channels: (a, b).
+
+    Pixels without a hue stay gray; the published code turns them red where b > 0.
+    """
+    scale, shift = level
+    value = x.amax(1, keepdim=True)
+    saturation = (value - x.amin(1, keepdim=True)) / value.clamp_min(1e-12)
+    wanted = (scale * saturation + shift).clamp(0, 1)
+    return torch.where(saturation > 0, value - (value - x) * (wanted / saturation.clamp_min(1e-12)), x)
+
+
+def elastic_transform(x: Tensor, level: tuple[float, float, float], draws: Draws) -> Tensor:
+    """A random affine map, then a smooth random displacement of every pixel.
+
+    (amplitude and smoothness of the displacement, largest shift of the three points that make the affine map), all as
+    shares of the shorter side.
+    """
+    n, _, h, w = x.shape
+    side = min(h, w)
+    amplitude, sigma, reach = (side * share for share in level)
+    center, size = torch.tensor([h // 2, w // 2], dtype=torch.float64), side // 3
+    offsets = torch.tensor([[1, 1], [1, -1], [-1, -1]], dtype=torch.float64) * size
+    old = center + offsets
+    new = old + reach * (2 * uniform((n, 3, 2), draws, torch.float64) - 1)
+    if size:  # else the three points are one, and no map is defined
+        # The map from where a pixel comes out to where it is read, by what it does to the three points.
+        back = torch.linalg.solve(torch.cat([new, torch.ones(n, 3, 1, dtype=torch.float64)], 2), old.expand(n, 3, 2))
+        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        points = torch.stack([rows, columns, torch.ones_like(rows)], 2).double().view(1, h * w, 3)
+        places = (points @ back).view(n, h, w, 2).to(x)
+        x = sample(x, places[..., 0], places[..., 1], "mirror")
+    shifts = 2 * uniform((n, 2, h, w), draws, torch.float64) - 1
+    if amplitude == 0:
+        return x
+    shifts = (amplitude * blur(shifts, sigma, truncate=3, edge="reflect")).to(x)
+    rows = torch.arange(h, device=x.device)[:, None] + shifts[:, 0]
+    return sample(x, rows, torch.arange(w, device=x.device) + shifts[:, 1], "reflect")
+
+
+def pixelate(x: Tensor, share: float, draws: Draws) -> Tensor:
+    """Reduced to `share` of its sides by box filtering, and enlarged again."""
+    h, w = x.shape[2:]
+    return box_resize(box_resize(x, max(1, int(h * share)), max(1, int(w * share))), h, w)
+
+
+def jpeg_compression(x: Tensor, quality: int, draws: Draws) -> Tensor:
+    """JPEG at a quality from 1 to 95, by Pillow, which rounds to bytes; for one or three channels."""
+    from PIL import Image  # takes long to import
+
+    if x.shape[1] not in (1, 3):
+        raise UserError(f"jpeg-compression: images with {x.shape[1]} channels; allowed: 1 or 3")
+    pixels = x.mul(255).round().clamp(0, 255).to(torch.uint8).cpu().movedim(1, 3).numpy()
+    found = np.empty_like(pixels)
+    for place, picture in enumerate(pixels):
+        file = io.BytesIO()
+        Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(file, "JPEG", quality=quality)
+        with Image.open(file) as image:
+            found[place] = np.asarray(image).reshape(picture.shape)
+    return torch.from_numpy(found).movedim(3, 1).to(x).div(255)
+
+
+def _degrees(low: float, high: float, draws: Draws) -> Tensor:
+    return low + (high - low) * uniform((len(draws), 1), draws, torch.float64)[:, 0]
