@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustlayers import attacks, data, evaluation, models, normalization, selection, training
+    from robustlayers import analysis, attacks, data, evaluation, models, normalization, selection, training
     from robustlayers.attacks import (
         APGD,
         FAB,
@@ -36,7 +36,17 @@ if TYPE_CHECKING:
     )
     from robustlayers.core.errors import UserError
     from robustlayers.evaluation import accuracy, correct, flags, interval, worst_case
-    from robustlayers.normalization import NormPolicy, Switch, convert, crafting_forward, inference, recalibrate
+    from robustlayers.normalization import (
+        NormPolicy,
+        Switch,
+        convert,
+        crafting_forward,
+        effective_rates,
+        inference,
+        norm_drift,
+        norm_report,
+        recalibrate,
+    )
     from robustlayers.selection import Inventory, Partition, Selection, execution_order, select
     from robustlayers.training import (
         Ascent,
@@ -80,7 +90,17 @@ _HOMES = {
     ),
     "robustlayers.core.errors": ("UserError",),
     "robustlayers.evaluation": ("accuracy", "correct", "flags", "interval", "worst_case"),
-    "robustlayers.normalization": ("NormPolicy", "Switch", "convert", "crafting_forward", "inference", "recalibrate"),
+    "robustlayers.normalization": (
+        "NormPolicy",
+        "Switch",
+        "convert",
+        "crafting_forward",
+        "effective_rates",
+        "inference",
+        "norm_drift",
+        "norm_report",
+        "recalibrate",
+    ),
     "robustlayers.selection": ("Inventory", "Partition", "Selection", "execution_order", "select"),
     "robustlayers.training": (
         "Ascent",
@@ -100,7 +120,7 @@ _HOMES = {
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_PACKAGES = ("attacks", "data", "evaluation", "models", "normalization", "selection", "training")
+_PACKAGES = ("analysis", "attacks", "data", "evaluation", "models", "normalization", "selection", "training")
 
 __all__ = [
     "APGD",
@@ -137,6 +157,7 @@ __all__ = [
     "WorstOf",
     "__version__",
     "accuracy",
+    "analysis",
     "attacks",
     "build_optimizer",
     "compare",
@@ -144,6 +165,7 @@ __all__ = [
     "correct",
     "crafting_forward",
     "data",
+    "effective_rates",
     "evaluation",
     "execution_order",
     "flags",
@@ -152,6 +174,8 @@ __all__ = [
     "interpolate",
     "interval",
     "models",
+    "norm_drift",
+    "norm_report",
     "normalization",
     "recalibrate",
     "select",

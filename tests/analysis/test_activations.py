@@ -131,6 +131,17 @@ def test_a_parametrized_layer_is_found_by_selector():
     assert names(model, "linear | all", example=X) == ["0"]
 
 
+@pytest.mark.parametrize("norm", ["dual", "film", "random", "group"])
+def test_a_norm_layer_of_several_modules_counts_as_one(norm):
+    """So that nets with different norm layers can be compared layer by layer."""
+    plain, model = (models.build("resnet", seed=0, depth=8, width=4, norm=kind) for kind in ("batch", norm))
+    x = torch.rand(4, 3, 8, 8)
+    assert names(model, example=x) == names(plain, example=x)
+    assert names(model, "norm & stem", activations=True, example=x) == ["bn1", ":relu"]
+    if norm == "dual":
+        assert names(model, ["bn1.main"], example=x) == ["bn1.main"]
+
+
 def state(model):
     return {
         "modes": [module.training for module in model.modules()],

@@ -224,6 +224,10 @@ def test_block_structure_is_the_longest_run_of_layers_that_are_all_alike():
     assert made(values).block_structure() == Block("l1", "l3", 3, 0.5)  # 3, 4, 5 is a chain, but 3 and 5 differ
     assert made(values).block_structure(0.99) == Block("l0", "l0", 1, 1 / 6)
     assert made(np.ones((4, 4))).block_structure() == Block("l0", "l3", 4, 1.0)
+    one_way = np.eye(3)
+    one_way[0, 1] = 0.95  # between two models only one of the two comparisons may be high
+    assert made(one_way).block_structure() == Block("l0", "l0", 1, 1 / 3)
+    assert made(one_way.T).block_structure() == Block("l0", "l0", 1, 1 / 3)
     assert made(np.zeros((4, 4))).block_structure() == Block(None, None, 0, 0.0)
 
 

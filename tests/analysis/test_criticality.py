@@ -50,20 +50,36 @@ def test_numbers_are_those_of_the_evaluation_of_the_changed_net(learned):
         assert row.robust_loss_rise == pytest.approx(row.robust_loss - found.whole["kept"].robust_loss)
 
 
+def test_the_robust_loss_is_that_of_all_attacked_images(learned):
+    model, start, x, y = learned
+    attack = PGD(Linf(0.15), steps=3, random_start=False)  # an image's result does not depend on its batch
+    found = criticality(model, {"stem": "'0'"}, x, y, {"initial": start}, attack=attack, batch_size=50)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed[0].weight.copy_(start["0.weight"])
+        changed[0].bias.copy_(start["0.bias"])
+    for net, loss in ((model, found.whole["kept"].robust_loss), (changed, found.results[0].robust_loss)):
+        with inference(net):
+            expected = nn.functional.cross_entropy(net(attack(net, x / 255, y)), y).item()
+        assert accuracy(net, x, y) < 1 and loss == pytest.approx(expected, rel=1e-4)
+
+
 def test_re_estimated_statistics_are_those_of_a_recalibrated_net(learned):
     model, start, x, y = learned
-    found = criticality(model, {"stem": "'0'"}, x, y, {"initial": start}, recalibrate_on=x[:80], batch_size=40)
+    dark = x[:80] // 4
+    found = criticality(model, {"stem": "'0'"}, x, y, {"initial": start}, recalibrate_on=dark, batch_size=40)
     changed = copy.deepcopy(model)
     with torch.no_grad():
         changed[0].weight.copy_(start["0.weight"])
         changed[0].bias.copy_(start["0.bias"])
     kept, anew = found.of(statistics="kept")[0], found.of(statistics="re-estimated")[0]
     assert kept.clean_accuracy == accuracy(changed, x, y)
-    recalibrate(changed, [x[:40] / 255, x[40:80] / 255])
+    recalibrate(changed, [dark[:40] / 255, dark[40:] / 255])
     assert anew.clean_accuracy == accuracy(changed, x, y)
     assert anew.clean_loss != kept.clean_loss and anew.robust_loss is None
     own = copy.deepcopy(model)
-    recalibrate(own, [x[:40] / 255, x[40:80] / 255])
+    recalibrate(own, [dark[:40] / 255, dark[40:] / 255])
+    assert accuracy(own, x, y) != accuracy(model, x, y)
     assert anew.clean_accuracy_drop == accuracy(own, x, y) - anew.clean_accuracy
 
 

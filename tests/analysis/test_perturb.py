@@ -75,6 +75,20 @@ def test_crafting_is_the_attack_on_every_batch_and_leaves_nothing_behind(net, ba
     assert craft(model, as_bytes, y, attack, generator=generator()).dtype == torch.float32
 
 
+def test_what_a_foreign_attack_does_to_the_model_does_not_reach_the_next_batch(net, batch):
+    class Careless:
+        threat, name, seen = Linf("8/255"), "careless", []
+
+        def __call__(self, forward, x, y, *, generator):
+            self.seen.append(forward.training)
+            forward.train()
+            return x
+
+    model, (x, y) = net("small-cnn").train(), batch(6)
+    craft(model, x, y, Careless(), generator=generator(), batch_size=2)
+    assert Careless.seen == [False] * 3 and model.training
+
+
 def test_an_attack_that_leaves_its_threat_is_refused(net, batch):
     class Wild:
         threat, name = Linf("8/255"), "wild"

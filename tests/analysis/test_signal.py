@@ -96,6 +96,13 @@ def test_a_silent_layer_has_no_ratio_and_a_woken_one_an_infinite_one():
     found.plot()
 
 
+def test_an_operator_that_writes_into_the_output_before_it_changes_nothing():
+    first = linear(rand(5, 4) - 0.5)
+    x, moved = rand(6, 4, seed=1), rand(6, 4, seed=2)
+    found = [signal_ratio(nn.Sequential(first, nn.ReLU(inplace=here)), x, {"d": moved}) for here in (False, True)]
+    assert np.array_equal(found[0].samples["d"], found[1].samples["d"])
+
+
 def test_quantiles_rows_and_names(net, batch):
     model, (x, _) = net("mlp"), batch(21)
     found = signal_ratio(model, x, {"a": x * 0.9, "b": x * 0.5}, layers="linear")

@@ -75,6 +75,20 @@ def test_the_rise_is_that_of_brute_force_over_the_whole_ball(eps):
     assert row.distance <= radius * (1 + 1e-6)
 
 
+def test_the_best_point_on_the_way_counts_and_no_rise_is_negative():
+    class Hump(Linear):
+        def forward(self, x):
+            height = 1 - 400 * (self.weight - 1.02).square().sum()  # highest at 1.02
+            return torch.stack([height.expand(len(x)), torch.zeros(len(x))], 1)
+
+    x, y = torch.rand(4, 1, 1, 1), torch.ones(4, dtype=torch.int64)
+    over = robust_criticality(Hump([1.0]), {"all": "all"}, x, y, None, steps=1, step_size=1).results[0]
+    assert over.rise == over.distance == 0
+    found = robust_criticality(Hump([1.0]), {"all": "all"}, x, y, None, steps=4, step_size=0.2).results[0]
+    assert found.distance == pytest.approx(0.02, rel=1e-4)  # the first step; the second one overshoots and comes back
+    assert found.loss == pytest.approx(math.log1p(math.exp(1)), rel=1e-5)
+
+
 def test_the_images_are_fixed_and_crafted_against_the_model_as_it_is(learned):
     model, _, x, y = learned
     found = robust_criticality(model, {"head": "'7'"}, x, y, ATTACK, steps=1, step_size=1, seed=2, batch_size=40)
@@ -167,6 +181,7 @@ def test_a_loss_that_overflows_is_the_worst_of_all():
     found = robust_criticality(Fragile([[1.0, 0.0], [0.0, 1.0]]), {"all": "all"}, x, y, None)
     assert not math.isfinite(found.results[0].rise)
     assert json.loads(json.dumps(found.rows(), allow_nan=False))[0]["rise"] is None
+    assert found.plot().get_xlim()[1] < 1
 
 
 def test_scores_rank_groups_for_the_selectors(learned, tmp_path):

@@ -10,7 +10,7 @@ from torch.nn import functional
 from robustlayers.attacks import PGD, Linf
 from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream
-from robustlayers.normalization import HABITS, NormPolicy, Switch, habit
+from robustlayers.normalization import HABITS, NormPolicy, Switch, habit, habits
 from robustlayers.selection import Partition
 from robustlayers.study.phases import build_policy
 from robustlayers.study.schema import NormalizationConfig
@@ -65,7 +65,7 @@ def statistics(model):
 def test_every_habit_is_in_the_table():
     assert set(UPDATES) == set(HABITS) and set(ADDED) < set(HABITS)
     for name, policy in HABITS.items():
-        assert policy.name == name and f"| `{name}` |" in __import__("robustlayers.normalization.habits", fromlist=["_"]).__doc__
+        assert policy.name == name and f"| `{name}` |" in habits.__doc__
     with pytest.raises(UserError, match="unknown habit of normalization 'rise'; nearest: rice"):
         habit("rise")
 

@@ -89,7 +89,10 @@ def test_the_table_has_a_row_for_each_pass_and_group_of_layers():
     [
         ({"by": "runing"}, "unknown statistics to normalize by 'runing'; nearest: running; allowed: auto, batch, "),
         ({"update": "maybe"}, "update: 'maybe' is not allowed; allowed: true, false or auto"),
-        ({"by": "mixture"}, "alpha, the share of the batch from 0 to 1, goes with by: mixture, and the other way round"),
+        (
+            {"by": "mixture"},
+            "alpha, the share of the batch from 0 to 1, goes with by: mixture, and the other way round",
+        ),
         ({"by": "batch", "alpha": 0.5}, "alpha, the share of the batch from 0 to 1, goes with by: mixture"),
         ({"by": "mixture", "alpha": 1.5}, "alpha: 1.5 is not allowed; allowed: 0 to 1, the share of the batch"),
         ({"momentum": 0}, "momentum: 0 is not allowed; allowed: more than 0 up to 1, or cumulative"),
@@ -143,9 +146,15 @@ def test_layers_are_meant_as_a_whole_with_all_that_is_inside():
             {"layers": {"norm": {"craft": Switch()}, "'2'": {"clean": Switch()}}},
             "layers \"'2'\" and 'norm' overlap: 2, 2.main, 2.auxiliary; each layer has one policy",
         ),
-        ({"layers": {"'0'": {"craft": Switch()}}}, "layers \"'0'\": selector \"'0'\" picks no norm layer of Sequential"),
-        ({"layers": {"nrm": {"craft": Switch()}}}, "layers 'nrm': selector 'nrm'"),
-        ({"craft": Switch("running", False, branch="axiliary")}, "craft: unknown branch 'axiliary'; nearest: auxiliary"),
+        (
+            {"layers": {"'0'": {"craft": Switch()}}},
+            "layers \"'0'\": selector \"'0'\" picks no norm layer of Sequential",
+        ),
+        ({"layers": {"nrm": {"craft": Switch()}}}, "layers 'nrm': unknown selector 'nrm'"),
+        (
+            {"craft": Switch("running", False, branch="axiliary")},
+            "craft: unknown branch 'axiliary'; nearest: auxiliary",
+        ),
         (
             {"layers": {"'1'": {"craft": Switch(branch="main")}}},
             "layers \"'1'\": branch 'main': no norm layer has branches; norm=dual, for one, makes them",
@@ -167,8 +176,8 @@ def test_a_branch_or_condition_that_some_layers_have_is_none():
 def test_the_identity_of_a_policy_has_what_decides_and_leaves_out_what_is_as_ever():
     running, signal = {"by": "running", "update": False}, {"by": "auto", "update": "auto"}
     assert policy_content(habit("standard")) == {"craft": running, "clean": signal, "adversarial": signal}
-    contents = [policy_content(NormPolicy())]
-    for change in (
+    changes = (
+        {},
         {"clean": Switch("mixture", alpha=0.5)},
         {"clean": Switch("mixture", alpha=0.4)},
         {"clean": Switch(momentum=0.4)},
@@ -180,6 +189,6 @@ def test_the_identity_of_a_policy_has_what_decides_and_leaves_out_what_is_as_eve
         {"again": Switch()},
         {"statistics": "clean"},
         {"layers": {"norm": {"clean": Switch()}}},
-    ):
-        contents.append(policy_content(NormPolicy(**change)))
+    )
+    contents = [policy_content(NormPolicy(**change)) for change in changes]
     assert all(contents.count(content) == 1 for content in contents)

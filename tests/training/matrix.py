@@ -80,7 +80,7 @@ class Tied(nn.Module):
         self.bn = nn.BatchNorm1d(6)
         self.layer1 = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())
         self.mirror = nn.Linear(6, 6)
-        self.mirror.weight = self.layer1[0].weight
+        self.mirror.weight = self.layer1[0].weight  # pyright: ignore[reportAttributeAccessIssue]
         self.drop = nn.Sequential(nn.Dropout(0.25), Counting())
         self.linear = nn.Linear(6, 3)
 
@@ -232,6 +232,7 @@ AXES = {
     "average": list(AVERAGES),
     "policy": list(POLICIES),
     "turns": list(TURNS),
+    "crafting": ["fp32", "bf16"],
 }
 MORE_AXES = AXES | {
     "selector": SELECTORS + MORE_SELECTORS,
@@ -243,8 +244,13 @@ MORE_AXES = AXES | {
 
 
 def fits(one, two):
-    """Whether two levels, each (axis, level), can meet: a handover needs two groups that learn."""
+    """Whether two levels, each (axis, level), can meet.
+
+    A handover needs two groups that learn, and statistics alone cannot learn where nothing updates them.
+    """
     pair = dict((one, two))
+    if pair.get("policy") == "frozen" and pair.get("selector") == "norm.statistics":
+        return False
     if pair.get("turns") != HANDOVER:
         return True
     return pair.get("selector") != "all" and "frozen" not in pair.get("signals", "")
@@ -338,11 +344,11 @@ def settings_of(row, partition, signals):
 
 
 def trainer_of(row):
-    """A trainer for the row's phase, always from the same start; and what each of its steps saw."""
+    """A trainer for the row's phase, always from the same start."""
     model = trained(row["model"])
     groups, signals = groups_of(row)
     begin(model, groups, row)
-    made = PhaseTrainer(
+    return PhaseTrainer(
         model,
         groups,
         signals,
@@ -356,8 +362,8 @@ def trainer_of(row):
         augment=Augment(crop=1, flip=True),
         ascent=ASCENTS[row["ascent"]],
         average=AVERAGES[row["average"]],
+        crafting=row["crafting"],
         seed=4,
         first_epoch=2,
         **TURNS[row["turns"]],
     )
-    return made

@@ -1,5 +1,8 @@
 """A step makes the passes it needs and no more, and each backward stops at the shallowest tensor that learns."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -206,3 +209,73 @@ def test_an_attack_without_counts_counts_as_none(net, batch):
     assert (log.forward_passes, log.backward_passes) == (1, 1)
     with pytest.raises(UserError, match="no optimizer"):
         step(*batch())
+
+
+@pytest.fixture(scope="module")
+def partial_step():
+    """The benchmark, whose counting of computed gradients is tested here."""
+    path = Path(__file__).parents[2] / "benchmarks" / "partial_step.py"
+    spec = importlib.util.spec_from_file_location("partial_step", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# The net in order: conv1 bn1 layer1.conv1 layer1.bn1 layer2.conv1 layer2.bn1 linear. Expected: gradients of weights and of
+# inputs in the training pass of its objective; the images' own gradient is never wanted there.
+COSTS = {
+    "everything": ("all", 7, 6),
+    "norm layers": ("norm", 3, 5),  # not below bn1: neither its input nor conv1
+    "scales of the first norm layer": ("bn1.weight", 1, 5),
+    "statistics": ("norm.statistics", 0, 0),
+    "head": ("head", 1, 0),
+    "bias of the head": ("linear.bias", 0, 0),
+    "last stage": ("stage(2)", 2, 2),  # bn and linear pass on to its convolution
+    "last norm layer": ("layer2.0.bn1", 1, 1),
+    "first convolution": ("conv1", 1, 6),
+    "a middle convolution": ("layer1.0.conv1", 1, 4),
+    "all but norm layers": ("all - norm", 4, 6),
+}
+
+
+@pytest.mark.parametrize("objective", ["natural", "adversarial"])
+@pytest.mark.parametrize("part", COSTS)
+def test_no_gradient_is_computed_for_what_is_frozen_nor_below_what_learns(net, batch, partial_step, part, objective):
+    model = net("small-cnn")
+    selector, weights, inputs = COSTS[part]
+    step = partial_step.make_step(model, selector, objective, 3)
+    step(*batch())  # the first step makes what later ones use again
+    counts = partial_step.count(model, lambda: step(*batch()))
+    crafting = 0
+    if objective == "adversarial":  # three steps through the whole net, with gradients of inputs alone
+        folded = 4  # crafting meets no norm layers: they are folded into the convolutions
+        crafting = 3 * folded
+    assert counts == partial_step.Counts(weights, inputs + crafting)
+
+
+def test_two_objectives_cost_what_each_of_them_needs(net, batch, partial_step):
+    model = net("small-cnn")
+    step = PartialStep(
+        model,
+        Partition(model, {"head": "head", "late": "stage(2)", "others": "rest"}),
+        {"head": "natural", "late": "adversarial", "others": "frozen"},
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        attack=FGSM(Linf(0.1)),
+    )
+    counts = partial_step.count(model, lambda: step(*batch()))
+    assert counts == partial_step.Counts(1 + 2, 0 + 2 + 4)
+
+
+def test_the_count_sees_what_a_naive_step_wastes(net, batch, partial_step):
+    """Published loops freeze by leaving tensors out of the optimizer: all gradients are computed all the same."""
+    model = net("small-cnn")
+    optimizer = torch.optim.SGD(model.linear.parameters(), lr=0.1)
+
+    def naive():
+        x, y = batch()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    assert partial_step.count(model, naive) == partial_step.Counts(7, 6)

@@ -68,7 +68,8 @@ def layers_of(
     or functional activations, at any depth (`layer1.0` is the output of a block); None for what is usually looked at
     (`conv | norm | linear` and all activations). With `activations` the activations that follow a chosen layer are taken
     too; left out, they are where `layers` is None. The forward runs on four samples of `example`, else on a random input as
-    in `selection.execution_order`. Modules that never run, or whose output has no batch dimension, are no layers.
+    in `selection.execution_order`. Modules that never run, or whose output has no batch dimension, are no layers; a norm
+    layer made of several modules counts as one, unless they are named.
 
     Raises `UserError` for an unknown name or selector, and where nothing is left.
 
@@ -89,16 +90,16 @@ def layers_of(
     with_activations = layers is None if activations is None else activations
     chosen: set[str]  # names of modules and operators, without the count of their calls
     if layers is None:
-        chosen = {seen.owner for seen in found if seen.kind in _USUAL[:3]}
-        if with_activations:
-            chosen |= {seen.owner for seen in found if seen.kind == "activation"}
+        kinds = _USUAL if with_activations else _USUAL[:3]
+        chosen = {seen.owner for seen in found if seen.kind in kinds and _whole(model, seen.module) == seen.module}
     elif isinstance(layers, str):
         order_of(inventory, inputs(example, model))
         chosen = set()
         first_names = _names(model)
         for tensor in resolve(inventory, layers):
             for module in inventory.entries[tensor].owners:
-                chosen.add(first_names[id(module)].partition(".parametrizations.")[0])
+                name = first_names[id(module)].partition(".parametrizations.")[0]
+                chosen.add(_whole(model, name))
     else:
         chosen = set()
     if layers is None or isinstance(layers, str):
@@ -236,6 +237,16 @@ def _probed(model: nn.Module, example: Tensor) -> list[_Seen]:
     return found
 
 
+def _whole(model: nn.Module, name: str) -> str:
+    """Return the outermost norm layer that the module is a part of, as a branch of dual batch norm is, or the module."""
+    path = name.split(".")
+    for depth in range(1, len(path)):
+        above = ".".join(path[:depth])
+        if is_norm(model.get_submodule(above)):
+            return above
+    return name
+
+
 def _with_following(found: list[_Seen], chosen: set[str]) -> list[_Seen]:
     """Return the chosen outputs, and each activation for which the layer with tensors that ran last is chosen."""
     taken, after_chosen = [], False
@@ -292,7 +303,7 @@ def _watched(model: nn.Module, x: Tensor, emit: Callable[[_Seen, Tensor], None],
         tensor = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
         if tensor is not None:
             key = owner if count == 1 else f"{owner}#{count}"
-            holds = bool(module._parameters or module._buffers) and kind != "activation"
+            holds = kind == "norm" or (kind != "activation" and bool(module._parameters or module._buffers))
             emit(_Seen(key, owner, names[id(module)], kind, holds), tensor)
 
     def enter(module: nn.Module, arguments: object) -> None:

@@ -91,7 +91,7 @@ class Probes:
         label_layers(axes, self.layers, "x")
         axes.set_ylim(0, 100)
         axes.set_ylabel("accuracy of the probe, %")
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize="small", loc="lower right")
         return axes
 
 

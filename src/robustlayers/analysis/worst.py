@@ -106,7 +106,8 @@ class WorstCase:
         label = f"rise of the loss on {images} images, nats,\nwithin {100 * self.eps:g} % of the group's norm"
         dots(axes, [row.group for row in self.results], {"rise": [row.rise for row in self.results]}, label)
         axes.set_xscale("symlog", linthresh=0.01)
-        axes.set_xlim(left=-0.002)
+        finite = [row.rise for row in self.results if math.isfinite(row.rise)]
+        axes.set_xlim(-0.002, 1.6 * max([0.01, *finite]))
         return axes
 
 

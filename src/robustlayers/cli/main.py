@@ -15,13 +15,14 @@ from typing import Any
 
 import tyro
 
-from robustlayers.cli import data, groups, plan, presets, report, rows, run, verify
+from robustlayers.cli import data, evaluate, groups, plan, presets, report, rows, run, verify
 
 __all__ = ["main"]
 
 _COMMANDS: dict[str, Any] = {
     "plan": plan.plan,
     "run": run.run,
+    "evaluate": evaluate.evaluate,
     "groups": groups.groups,
     "presets": presets.presets,
     "report": report.report,

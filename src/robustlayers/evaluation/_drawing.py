@@ -26,7 +26,12 @@ def axes_or_new(axes: Axes | None, width: float, height: float) -> Axes:
 
 
 def grid(
-    axes: Axes | None, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], across: str, down: str
+    axes: Axes | None,
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    across: str,
+    down: str,
 ) -> Axes:
     """Draw a table of shares in [0, 1] as percentages on colors from dark (0) to light (1)."""
     axes = axes_or_new(axes, 1.6 + 0.62 * len(columns), 0.9 + 0.32 * len(rows))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ __all__ = ["HINT", "autoattack", "autoattack_label", "standard"]
 HINT = 'fab-t is left out: it needs pyautoattack; install it by: pip install "robustlayers[autoattack]"'
 """What a person is told who evaluates without pyautoattack."""
 
-_NAMES = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square": "Square"}
+_TARGETS = 9
+_NAMES = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square-5000": "Square"}
 
 
 def autoattack(
@@ -29,7 +31,7 @@ def autoattack(
     threat: Threat,
     directory: Path | str | None = None,
     steps: int = 100,
-    targets: int = 9,
+    targets: int = _TARGETS,
     queries: int = 5000,
     whole: bool = False,
     batch_size: int | None = None,
@@ -78,7 +80,7 @@ def autoattack(
 
 
 def standard(
-    threat: Threat, classes: int = 10, *, steps: int = 100, targets: int = 9, queries: int = 5000
+    threat: Threat, classes: int = 10, *, steps: int = 100, targets: int = _TARGETS, queries: int = 5000
 ) -> tuple[dict[str, NamedAttack], tuple[str, ...]]:
     """Return the attacks of AutoAttack in their order, by short name, and a note on each that has to be left out.
 
@@ -90,7 +92,7 @@ def standard(
         TargetedAPGD(threat, steps, targets, "dlr" if classes >= 4 else "margin"),
     ]
     notes = []
-    if FAB.available():
+    if find_spec("pyautoattack") is not None:
         attacks.append(FAB(threat, steps, targets))
     else:
         notes.append(HINT)
@@ -101,40 +103,27 @@ def standard(
     return {label(attack): attack for attack in attacks}, tuple(notes)
 
 
-def autoattack_label(attacks: dict[str, NamedAttack], images: int, *, whole: bool) -> str:
+def autoattack_label(attacks: Mapping[str, NamedAttack], images: int, *, whole: bool) -> str:
     """Return `AutoAttack` for the standard on a whole test set; otherwise what ran, and on how many images.
 
     >>> attacks, _ = standard(Threat("linf", "8/255"))
-    >>> attacks.pop("fab-t", None) and None
+    >>> _ = attacks.pop("fab-t", None)
     >>> autoattack_label(attacks, 500, whole=False)
     'APGD-CE+T+Square, n=500'
     """
-    if not attacks:
-        raise UserError("autoattack: no attack is left to run")
-    plain = [name for name, attack in attacks.items() if _is_standard(name, attack)]
-    if whole and plain == list(_NAMES):
+    names = list(attacks)
+    targets = {name: getattr(attack, "targets", _TARGETS) for name, attack in attacks.items()}
+    if whole and names == list(_NAMES) and set(targets.values()) == {_TARGETS}:
         return "AutoAttack"
     parts: list[str] = []
-    for name, attack in attacks.items():
-        if name not in plain:
-            targets = getattr(attack, "targets", 9)
-            parts.append(name if targets == 9 else f"{name} ({targets} target{'s' if targets > 1 else ''})")
+    for name, number in targets.items():
+        if number != _TARGETS:
+            parts.append(f"{name} ({number} target{'s' if number > 1 else ''})")
         elif name == "apgd-t" and parts == ["APGD-CE"]:
             parts.append("T")
         else:
-            parts.append(_NAMES[name])
+            parts.append(_NAMES.get(name, name))
     return f"{'+'.join(parts)}, n={images}"
-
-
-def _is_standard(name: str, attack: NamedAttack) -> bool:
-    wanted = {
-        "apgd-ce": APGD(attack.threat, early_exit=True),
-        "apgd-t": TargetedAPGD(attack.threat),
-        "fab-t": FAB(attack.threat),
-    }
-    if attack.threat.norm != "l1":
-        wanted["square"] = Square(attack.threat)
-    return wanted.get(name) == attack or (name == "square" and wanted.get("square") == attack)
 
 
 def _classes(forward: Forward, x: Tensor) -> int:

@@ -94,31 +94,22 @@ def defocus_blur(x: Tensor, level: tuple[float, float], draws: Draws) -> Tensor:
     return filtered(x, disk(*level))
 
 
-def glass_blur(x: Tensor, level: tuple[float, int, int], draws: Draws) -> Tensor:
-    """Pixels exchanged with near ones between two Gaussian blurs: (sigma, largest distance, rounds).
+def glass_blur(x: Tensor, level: tuple[float, int], draws: Draws) -> Tensor:
+    """Between two Gaussian blurs, each pixel takes the value of a near one: (standard deviation, rounds).
 
-    From the last pixel to the first, each is exchanged with one drawn from those up to `distance` - 1 after and
-    `distance` before it in either direction. The published code means to exchange and copies instead; here they are
-    exchanged.
+    That is the pixel 0 or 1 rows and 0 or 1 columns before, as likely; the first two rows and columns stay. The paper
+    speaks of an exchange; the code that made its data copies, and so does this.
     """
-    sigma, reach, rounds = level
+    sigma, rounds = level
     n, c, h, w = x.shape
     x = blur(x, sigma)
-    if h > 2 * reach and w > 2 * reach:
-        moves = uniform((n, rounds, h - 2 * reach, w - 2 * reach, 2), draws).mul(2 * reach).floor().sub(reach)
-        moves = moves.long().numpy()
-        places = np.tile(np.arange(h * w).reshape(1, h, w), (n, 1, 1))
-        images = np.arange(n)
-        for turn in range(rounds):
-            for row in range(h - reach - 1, reach - 1, -1):
-                for column in range(w - reach - 1, reach - 1, -1):
-                    move = moves[:, turn, row - reach, column - reach]
-                    there = row + move[:, 0], column + move[:, 1]
-                    kept = places[images, *there]
-                    places[images, *there] = places[:, row, column]
-                    places[:, row, column] = kept
-        index = torch.from_numpy(places).to(x.device).view(n, 1, h * w).expand(n, c, h * w)
-        x = x.flatten(2).gather(2, index).view(n, c, h, w)
+    before = uniform((n, rounds, 2, h, w), draws).to(x.device) < 0.5
+    before[:, :, :, :2], before[:, :, :, :, :2] = False, False
+    rows, columns = torch.arange(h, device=x.device)[:, None], torch.arange(w, device=x.device)
+    for turn in before.long().unbind(1):
+        up, left = turn.unbind(1)
+        places = (rows - up) * w + columns - left
+        x = x.flatten(2).gather(2, places.view(n, 1, h * w).expand(n, c, h * w)).view(n, c, h, w)
     return blur(x, sigma)
 
 

@@ -62,9 +62,7 @@ CORRUPTIONS: Mapping[str, Corruption] = {
     "defocus-blur": Corruption(
         "blur", formulas.defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1))
     ),
-    "glass-blur": Corruption(
-        "blur", formulas.glass_blur, ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))
-    ),
+    "glass-blur": Corruption("blur", formulas.glass_blur, ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))),
     "motion-blur": Corruption("blur", formulas.motion_blur, ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5))),
     "zoom-blur": Corruption("blur", formulas.zoom_blur, (1.06, 1.11, 1.15, 1.20, 1.25)),
     "snow": Corruption(
@@ -105,8 +103,8 @@ def corrupt(x: Tensor, family: str, severity: int, *, seed: int = 0, first: int 
     `severity`: 1 to 5. `first`: the place of the first image in its data set. Image i draws from a stream of (seed,
     family, first + i): the same in every batch, and the same draws at every severity.
 
-    Severity 5 is not farther from the clean image than 4 in every family: the published numbers of glass blur, elastic
-    transform, snow and saturate change character on the way.
+    A higher severity is farther from the clean image, but not in every family: by the published numbers, glass blur,
+    frost, elastic transform and saturate change their character on the way.
 
     Raises `UserError` for an unknown family or severity, images outside [0, 1], and channels that a family does not do.
 
@@ -150,7 +148,9 @@ class CorruptionTable:
         if family not in self.counts:
             raise UserError(one_of("family of this table", family, self.families))
         if severity not in self.severities:
-            raise UserError(f"severity: {severity!r} was not measured; measured: {', '.join(map(str, self.severities))}")
+            raise UserError(
+                f"severity: {severity!r} was not measured; measured: {', '.join(map(str, self.severities))}"
+            )
         return self.counts[family][self.severities.index(severity)] / self.total
 
     @property

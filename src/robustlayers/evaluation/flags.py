@@ -1,22 +1,68 @@
 """Signs that a robust accuracy means less than it says: each flag is a short text, and an honest model raises none.
 
 A flag proves nothing by itself. It says that gradient attacks or the evaluation itself may be misled (Athalye et al.
-2018, section 3.1; Carlini et al. 2019).
+2018, section 3.1; Carlini et al. 2019). A text begins with the flag's name; `MEANINGS` has a sentence for each name.
+Some functions look at a model, the others at results of attacks; `flags` runs the cheap ones, `sanity` all of them.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustlayers.attacks import PGD, Noise, Threat, is_correct
+from robustlayers.attacks.losses import margin
+from robustlayers.core.errors import UserError
+from robustlayers.core.quantities import pixels_text
 from robustlayers.core.random import stream
 from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still
 
-__all__ = ["attack_strength", "batch_dependence", "batch_statistics", "flags", "random_output", "zero_gradients"]
+__all__ = [
+    "MEANINGS",
+    "attack_strength",
+    "batch_dependence",
+    "batch_statistics",
+    "beyond_final",
+    "black_box",
+    "flags",
+    "huge_eps",
+    "larger_eps",
+    "meaning",
+    "more_steps",
+    "random_output",
+    "saturated_logits",
+    "single_step",
+    "zero_gradients",
+]
+
+MEANINGS: Mapping[str, str] = {
+    "batch statistics": "Predictions depend on the batch that an image is measured in, so the accuracy is of batches, "
+    "not of images.",
+    "random output": "The model answers the same image differently each time, so one try under- or overstates it, and "
+    "attacks have to average over its draws.",
+    "batch dependence": "An image's prediction changes with the images beside it, so an attack on one moves the others.",
+    "no gradient": "Gradient attacks cannot run, so only black-box attacks say anything about this model.",
+    "zero gradient": "Gradient attacks see nothing on these images, so that they stand is no evidence of robustness.",
+    "saturated logits": "The outputs are so far apart or so flat that gradients vanish in rounding, and attacks on the "
+    "cross-entropy with them.",
+    "robust above clean": "The attack makes images easier than they were, so it does not attack.",
+    "weaker than noise": "Random noise breaks more images than the gradient attack, so the gradient misleads.",
+    "black box": "A search without gradients breaks images that gradient attacks do not, so the gradient is masked.",
+    "more steps": "More steps of an attack do not lower the accuracy, so its gradient does not lead anywhere.",
+    "larger eps": "A larger ball does not lower the accuracy, though it holds the smaller one, so the attack is weak.",
+    "huge eps": "Images survive in a ball that holds plain gray, where nothing can be recognized, so the attack fails.",
+    "beyond the final attack": "Another attack breaks more images than the one whose number is reported.",
+    "single step": "Accuracy under one step is far above that under many: catastrophic overfitting to the single step.",
+}
+"""What each flag means, by its name."""
 
 _SAME = 1e-5  # two equal forwards, relative to the largest logit: above the noise of a device's order of summation
+_SHARE = 0.1  # of outputs or images
+_NATS = 40
 _ALONE = 1e-2  # the same images in another batch: other kernels, possibly of lower precision
 
 
@@ -24,7 +70,7 @@ def flags(model: Forward, x: Tensor, y: Tensor, threat: Threat) -> list[str]:
     """Return the texts of all flags that `model` raises on a batch of images; an empty list for an honest model.
 
     `model`: an `nn.Module`, or a function from images to logits; `x`: one batch of some hundred images [n, c, h, w],
-    uint8 or floats in [0, 1]; `y`: integer labels [n]. The model is left without a trace. Cost: 28 forward and 11
+    uint8 or floats in [0, 1]; `y`: integer labels [n]. The model is left without a trace. Cost: 29 forward and 11
     backward passes for each image. A model with random outputs, or without a gradient, is not tested for what follows
     from that.
     """
@@ -34,11 +80,27 @@ def flags(model: Forward, x: Tensor, y: Tensor, threat: Threat) -> list[str]:
     found += randomness
     if not randomness:
         found += batch_dependence(model, x)
+    found += saturated_logits(model, x, y)
     gradients = zero_gradients(model, x, y)
     found += gradients
     if not any(text.startswith("no gradient") for text in gradients):
         found += attack_strength(model, x, y, threat)
     return found
+
+
+def meaning(text: str) -> str:
+    """Return what a flag means, from its text or its name; one that is not known is a `UserError`.
+
+    >>> meaning("robust above clean: 9 of 10 images right under pgd-10, 8 without an attack")
+    'The attack makes images easier than they were, so it does not attack.'
+    """
+    name = text.partition(":")[0]
+    if name not in MEANINGS:
+        raise UserError(f"no flag is called {name!r}")
+    return MEANINGS[name]
+
+
+# -- signs in the model --------------------------------------------------------------------------------------------
 
 
 def batch_statistics(model: nn.Module) -> list[str]:
@@ -109,6 +171,41 @@ def zero_gradients(model: Forward, x: Tensor, y: Tensor) -> list[str]:
     return [f"zero gradient: the gradient of the cross-entropy is zero or not finite for {share} that are right"]
 
 
+def saturated_logits(model: Forward, x: Tensor, y: Tensor) -> list[str]:
+    """Flag outputs that are no use as logits to an attack: probabilities, at a bound, or far too far apart.
+
+    Probabilities: no output is negative and each image's sum to 1. At a bound: a tenth of all outputs are the batch's
+    largest or smallest (within 1e-6 of their range). Too far apart: for a tenth of the images that are right, the label
+    leads by more than 40 nats, so that the cross-entropy and a half of its gradient are zero in float32 (Carlini &
+    Wagner 2016, against defensive distillation).
+    """
+    device = device_of(model, x)
+    with still(model, device), torch.no_grad():
+        labels = y.to(device).long()
+        logits = model(images(x, device))
+        right = is_correct(logits, labels)
+        logits = logits.float()
+    if not bool(logits.isfinite().all()):
+        return [f"saturated logits: {int((~logits.isfinite()).any(1).sum())} of {len(x)} images have infinite ones"]
+    found = []
+    sums = logits.sum(1)
+    if bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+        found.append("saturated logits: the outputs are probabilities, not logits")
+    low, high = torch.aminmax(logits)
+    width = float(high - low)
+    # A net that has collapsed to one answer for all images has nothing to saturate.
+    if width > 0 and float((logits - logits[:1]).abs().max()) > 1e-6 * width:
+        at_bound = ((logits - low) <= 1e-6 * width) | ((high - logits) <= 1e-6 * width)
+        # Two are the largest and the smallest anyway.
+        share = (int(at_bound.sum()) - 2) / logits.numel()
+        if share >= _SHARE:
+            found.append(f"saturated logits: {share:.0%} of the outputs are at a bound ({low:.3g} or {high:.3g})")
+    ahead = int(((-margin(logits, labels) > _NATS) & right).sum())
+    if ahead and ahead >= _SHARE * int(right.sum()):
+        found.append(f"saturated logits: the label leads by more than {_NATS} nats on {ahead} of {len(x)} images")
+    return found
+
+
 def attack_strength(model: Forward, x: Tensor, y: Tensor, threat: Threat) -> list[str]:
     """Flag a PGD-10 that is weaker than it can be: accuracy above the clean one, or above that under uniform noise.
 
@@ -132,6 +229,127 @@ def attack_strength(model: Forward, x: Tensor, y: Tensor, threat: Threat) -> lis
     if robust > noisy:
         found.append(f"weaker than noise: {robust} of {len(x)} images right under pgd-10, {noisy} under uniform noise")
     return found
+
+
+# -- signs in results ----------------------------------------------------------------------------------------------
+
+
+def black_box(white: Mapping[str, Tensor], black: Mapping[str, Tensor]) -> list[str]:
+    """Flag black-box attacks that break images which all gradient attacks leave: more than 1 % of all, and two or more.
+
+    `white`, `black`: attacks by name, for each image whether it is right under the attack, bool [n], all in one threat.
+    """
+    standing = _standing(white, "white")
+    found = []
+    for name, verdict in black.items():
+        count = int((standing & ~verdict).sum())
+        if count > slack(len(standing)):
+            found.append(f"black box: {name} breaks {count} of {len(standing)} images that no gradient attack breaks")
+    return found
+
+
+def more_steps(steps: Sequence[int], counts: Sequence[int], total: int) -> list[str]:
+    """Flag an attack whose accuracy does not fall from its fewest steps to its most, or rises on the way.
+
+    `counts`: images of `total` that are right after so many `steps` of one length. A fall to 0 at once is no sign. A
+    rise counts above 2 % of the images, and two or more.
+    """
+    _check_curve(steps, counts, total)
+    if counts[0] == 0 or len(counts) < 2:
+        return []
+    if counts[-1] >= counts[0]:
+        what = f"{counts[0]} of {total} images right after {_count(steps[0])}, {counts[-1]} after {steps[-1]}"
+        return [f"more steps: {what}"]
+    for (first, before), (last, after) in itertools.pairwise(zip(steps, counts, strict=True)):
+        if after - before > slack(2 * total):
+            return [f"more steps: {before} of {total} images right after {_count(first)}, {after} after {last}"]
+    return []
+
+
+def larger_eps(eps: Sequence[float], counts: Sequence[int], total: int) -> list[str]:
+    """Flag an attack whose accuracy does not fall from the smallest eps to the largest, or rises on the way.
+
+    `counts`: images of `total` that are right at each of `eps`, in rising order. A rise counts above 2 % of the images,
+    and two or more.
+    """
+    _check_curve(eps, counts, total)
+    if counts[0] == 0 or len(counts) < 2:
+        return []
+    pairs = list(zip(eps, counts, strict=True))
+    found = [(pairs[0], pairs[-1])] if counts[-1] >= counts[0] else []
+    found += [(one, two) for one, two in itertools.pairwise(pairs) if two[1] - one[1] > slack(2 * total)]
+    for (first, before), (last, after) in found[:1]:
+        what = f"{before} of {total} images right at eps {pixels_text(first)}, {after} at {pixels_text(last)}"
+        return [f"larger eps: {what}"]
+    return []
+
+
+def huge_eps(eps: float, count: int, total: int) -> list[str]:
+    """Flag images that are right under an attack with a ball that reaches plain gray: above 2 % of `total`, and two."""
+    _check_curve([eps], [count], total)
+    if count <= slack(2 * total):
+        return []
+    return [f"huge eps: {count} of {total} images right at eps {pixels_text(eps)}, which reaches plain gray"]
+
+
+def beyond_final(verdicts: Mapping[str, Tensor], final: str) -> list[str]:
+    """Flag attacks that break more than 0.5 % of all images which the `final` attack leaves, such as AutoAttack.
+
+    `verdicts`: attacks by name, for each image whether it is right under the attack, bool [n], all in one threat. The
+    worst case over all attacks is the number to report then.
+
+    Raises `UserError` where there is no final attack, and for verdicts of different lengths.
+
+    >>> all_right, one_wrong = torch.ones(100, dtype=torch.bool), torch.arange(100) > 0
+    >>> beyond_final({"autoattack": all_right, "pgd-50": one_wrong}, "autoattack")
+    ['beyond the final attack: pgd-50 breaks 1 of 100 images that autoattack leaves (1.0 %)']
+    """
+    if final not in verdicts:
+        raise UserError(f"beyond_final: there are no verdicts of {final!r}; given: {', '.join(verdicts) or 'none'}")
+    _standing(verdicts, "verdicts")
+    found = []
+    for name, verdict in verdicts.items():
+        count = int((verdicts[final] & ~verdict).sum())
+        if count > 0.005 * len(verdict):
+            share = f"{count} of {len(verdict)} images that {final} leaves ({100 * count / len(verdict):.1f} %)"
+            found.append(f"beyond the final attack: {name} breaks {share}")
+    return found
+
+
+def single_step(clean: int, single: int, many: int, total: int) -> list[str]:
+    """Flag catastrophic overfitting: one step leaves six tenths of what is right clean, many steps less than half of that.
+
+    `clean`, `single`, `many`: images of `total` that are right without an attack, under FGSM, and under PGD of 10 steps
+    or more, in one threat (Wong et al. 2020; Andriushchenko & Flammarion 2020). The difference has to be 5 % of the
+    images, and two or more. A natural net at a large eps falls under one step already.
+    """
+    _check_curve([0, 1, 2], [clean, single, many], total)
+    if single < 0.6 * clean or 2 * many >= single or single - many <= slack(5 * total):
+        return []
+    return [f"single step: {single} of {total} images right under fgsm, {many} under pgd, {clean} without an attack"]
+
+
+def slack(total: int) -> int:
+    """Return how many images more may be an accident: one, or 1 % of `total`."""
+    return max(1, total // 100)
+
+
+def _standing(verdicts: Mapping[str, Tensor], what: str) -> Tensor:
+    """Return which images are right under all attacks."""
+    shapes = {(verdict.dtype, tuple(verdict.shape)) for verdict in verdicts.values()}
+    if len(shapes) != 1 or any(dtype != torch.bool or len(shape) != 1 for dtype, shape in shapes):
+        raise UserError(f"{what}: takes one or more bool tensors [n] of one length, a verdict for each image")
+    return torch.stack(list(verdicts.values())).all(0)
+
+
+def _check_curve(places: Sequence[float], counts: Sequence[int], total: int) -> None:
+    rising = all(one < two for one, two in itertools.pairwise(places))
+    if not places or len(places) != len(counts) or not rising or not all(0 <= count <= total for count in counts):
+        raise UserError(f"a flag takes a count from 0 to {total} for each of some rising values")
+
+
+def _count(steps: int) -> str:
+    return f"{steps} step" + ("s" if steps != 1 else "")
 
 
 def _difference(first: Tensor, second: Tensor) -> float:

@@ -7,8 +7,8 @@ attack (PGD with k steps that keeps its last iterate):
 |---|---|---|---|
 | `standard` | 1 | 2 | 1 |
 | `rice` | k + 3 | k + 4 | 1 |
-| `trades` | | 3 | 1 |
-| `mart` | | 2 | 1 |
+| `trades` | 2 | 3 | 1 |
+| `mart` | 1 | 2 | 1 |
 | `clean-statistics` | 1, of an added clean pass | 1 | 1 |
 | `adversarial-statistics` | 1 | 1 | 1 |
 | `frozen` | 0 | 0 | 0 |

@@ -34,9 +34,9 @@ from robustlayers.selection.inventory import Inventory
 
 __all__ = ["EXTRA", "PASSES", "NormPolicy", "Switch", "layer_switches", "policy_content", "policy_table"]
 
-PASSES = ("craft", "score", "clean", "adversarial", "again", "ascent", "log", "evaluate")
+PASSES = ("craft", "score", "clean", "adversarial", "joint", "again", "ascent", "log", "evaluate")
 EXTRA = ("score", "again", "log")
-"""Passes that a step makes only if the policy has a switch for them."""
+"""Passes that a step makes besides, for the statistics alone, if the policy has a switch for them."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,9 @@ class NormPolicy:
     each once: `score`, of what was crafted, under the attack (unless the attack's own last forward does that); `again`, of
     the clean images before the update; `log`, of the clean images after it.
 
+    `joint`: a step that trains on both kinds of images takes them as one batch [clean; adversarial], in the place of the two
+    passes. Layers with a branch of that name (norm=joint) are told so; plain batch norm then mixes both kinds.
+
     `statistics`: the one pass whose images the running statistics of a step that crafts are of, where switches leave the
     update to `auto`. For `clean`, the pass is made also where no objective needs it.
 
@@ -139,6 +142,7 @@ class NormPolicy:
     score: Switch | None = None
     again: Switch | None = None
     log: Switch | None = None
+    joint: Switch | None = None
     statistics: Literal["clean", "adversarial"] | None = None
     layers: Mapping[str, Mapping[str, Switch]] = field(default_factory=dict)
     name: str = field(default="", compare=False)
@@ -146,6 +150,8 @@ class NormPolicy:
     def __post_init__(self) -> None:
         if self.statistics not in (None, "clean", "adversarial"):
             raise UserError(one_of("pass that the statistics are of", str(self.statistics), ("clean", "adversarial")))
+        if self.joint is not None and self.statistics is not None:
+            raise UserError(f"statistics of the {self.statistics} pass alone: a joint batch is one pass of both")
         for selector, switches in self.layers.items():
             for key in switches:
                 if key not in PASSES:

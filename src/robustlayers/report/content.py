@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from robustlayers.report import tables
+from robustlayers.report import loupe, tables
 from robustlayers.report.answer import Answer, Standing, answer
 from robustlayers.report.figures import Drawing, curves, pictures, tradeoff
+from robustlayers.report.measured import primary
 from robustlayers.report.tables import Table
 from robustlayers.report.wording import compact, count, listing, plural, share, slugs
 from robustlayers.study.summary import Arm, GroupLine, PhaseLine, Summary
@@ -59,6 +60,7 @@ class Content:
     curves: Sequence[Drawing]
     curves_caption: str
     pictures: Drawing | None
+    loupe: Sequence[Drawing]
     arms: Sequence[ArmContent]
     provenance: Sequence[tuple[str, str]]
     files: Sequence[tuple[str, str]]
@@ -66,7 +68,7 @@ class Content:
     @property
     def drawings(self) -> list[Drawing]:
         """All figures, in the order of the page."""
-        return [*self.tradeoff, *self.curves, *([self.pictures] if self.pictures else [])]
+        return [*self.tradeoff, *self.curves, *([self.pictures] if self.pictures else []), *self.loupe]
 
 
 def gather(summary: Summary) -> Content:
@@ -84,6 +86,7 @@ def gather(summary: Summary) -> Content:
         curves=drawn,
         curves_caption=CURVES,
         pictures=pictures.draw(summary),
+        loupe=_loupes(summary),
         arms=_arms(summary, said),
         provenance=_provenance(summary),
         files=(),
@@ -91,6 +94,15 @@ def gather(summary: Summary) -> Content:
     files = [("rows.csv", "every measured number"), ("claims.csv", "the claims, seed by seed")]
     files += [(f"figures/{one.name}.csv", f"the numbers behind: {one.title}") for one in content.drawings]
     return Content(**{**content.__dict__, "files": files if summary.claims else [files[0], *files[2:]]})
+
+
+def _loupes(summary: Summary) -> list[Drawing]:
+    names = slugs([arm.name for arm in summary.arms])
+    drawn = (
+        loupe.draw(arm.norms.get(primary(summary), ()), name=f"loupe-{slug}", title=arm.name)
+        for arm, slug in zip(summary.arms, names, strict=True)
+    )
+    return [one for one in drawn if one is not None]
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:

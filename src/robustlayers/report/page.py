@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from robustlayers.report.content import Content
 from robustlayers.report.figures import Drawing, strips
+from robustlayers.report.measured import primary
 from robustlayers.report.style import VARIABLES
 from robustlayers.report.svg import for_page
 from robustlayers.report.wording import share
@@ -44,6 +45,7 @@ def render(content: Content) -> str:
             drawing=_drawing,
             share=share,
             trades=len(content.tradeoff),
+            loupe_checkpoint=primary(summary),
         )
     )
 

@@ -31,6 +31,7 @@ PRESENT = "present"
 """The model as the phase before left it, another name that `from` takes."""
 
 _PLAIN = ("keep", "reinitialize")
+_SOURCES = ("{load: FILE}", "{from: PHASE}", "{rewind: EPOCH}", "{run: FOLDER}")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _check(
         if start in _PLAIN:
             return
         if start not in STARTS:
-            raise UserError(one_of("start", start, [*_PLAIN, *STARTS, "{load: FILE}", "{from: PHASE}"]))
+            raise UserError(f"{one_of('start', start, [*_PLAIN, *STARTS])}; or {', '.join(_SOURCES)}")
         if not concerned(selection, start):
             raise UserError(f"start {start!r} concerns no tensor of the group")
         return
@@ -134,7 +135,7 @@ def _check(
     if start.run is None:
         sources.append(start.phase)
     if sum(source is not None for source in sources) != 1:
-        raise UserError("a start is a word, {load: FILE}, {from: PHASE}, {rewind: EPOCH} or {run: FOLDER}")
+        raise UserError(f"a start is a word, {', '.join(_SOURCES[:-1])} or {_SOURCES[-1]}")
     idle = [
         key
         for key, given, allowed in (
@@ -145,7 +146,7 @@ def _check(
         if given and not allowed
     ]
     if idle:
-        raise UserError(f"{' and '.join(idle)} has no meaning there")
+        raise UserError(f"{' and '.join(idle)} {'has' if len(idle) == 1 else 'have'} no meaning there")
     if start.rewind is not None:
         if start.rewind > epochs:
             raise UserError(

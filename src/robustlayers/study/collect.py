@@ -23,7 +23,7 @@ from robustlayers.study.summary import (
     Summary,
 )
 
-__all__ = ["collect", "collect_rows"]
+__all__ = ["collect", "collect_layers", "collect_rows"]
 
 _LEDGER = (
     "moved_parameters",
@@ -101,6 +101,12 @@ def _rows(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], seed: i
         return []
     base = {"study": plan["name"], "arm": arm["name"], "levels": arm["levels"], "run": arm["run"], "seed": seed}
     rows = [Row(**base, **row) for row in read_json(folder / "rows.json")]
+    if (folder / "norms.json").exists():
+        for line in read_json(folder / "norms.json"):
+            if line["layer"] == "all" and line["value"] is not None:
+                name = f"norm_{line['metric']}" + (f"_{line['pass']}" if line["pass"] else "")
+                kept = {key: line[key] for key in ("checkpoint", "epoch", "value", "split", "attack", "normalization")}
+                rows.append(Row(**base, metric=name, **kept))
     ledgers = {phase["name"]: read_json(store.phase(phase["id"], seed) / "ledger.json") for phase in arm["phases"]}
     for fact in FACTS:  # passes as they were made: a phase that stopped early made fewer than planned
         spent = fact.endswith("_passes") and all(fact in ledger for ledger in ledgers.values())
@@ -150,6 +156,9 @@ def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: li
             ]
         seconds[seed] = time
         curves[seed] = points
+    norms: dict[str, list[dict[str, Any]]] = {}
+    for row in _layer_rows(store, plan, arm):
+        norms.setdefault(row["checkpoint"], []).append(row)
     results: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
         if row.run == arm["run"] and row.arm == arm["name"] and not row.phase:
@@ -197,7 +206,27 @@ def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: li
         ],
         curves=curves,
         ledger=ledger,
+        norms=norms,
     )
+
+
+def collect_layers(store: Store) -> list[dict[str, Any]]:
+    """Return what the norm layers of every run hold, layer by layer: the rows of `normalization.norm_report`."""
+    plan = _plan(store)
+    return [
+        {"study": plan["name"], "arm": arm["name"], "levels": arm["levels"], "run": arm["run"], **row}
+        for arm in plan["arms"]
+        for row in _layer_rows(store, plan, arm)
+    ]
+
+
+def _layer_rows(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for seed in plan["seeds"]:
+        folder = store.result(arm["run"], seed)
+        if store.whole(folder) and (folder / "norms.json").exists():  # results of an earlier version have none
+            found += [{"seed": seed, **row} for row in read_json(folder / "norms.json")]
+    return found
 
 
 def _point(point: Mapping[str, Any], seconds: float) -> CurvePoint:

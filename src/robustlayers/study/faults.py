@@ -58,4 +58,4 @@ class _Collect:
         return True
 
 
-_UNKNOWN_OPTION = re.compile(r"unknown option of \w+ '(\w+)'")
+_UNKNOWN_OPTION = re.compile(r"unknown (?:option|setting) of [\w ]+ '(\w+)'")

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustlayers.attacks import label
+from robustlayers.attacks import Gaussian, label
 from robustlayers.core.files import read_json, read_tensors, write_json, write_tensors
 from robustlayers.core.random import stream
 from robustlayers.data import Images, to_float
 from robustlayers.evaluation import flags, worst_case
 from robustlayers.normalization import inference
+from robustlayers.normalization.report import study_rows
 from robustlayers.study.plan import PhaseNode
 from robustlayers.study.schema import Recipe
 from robustlayers.study.semantics import NamedAttack, build_attack, build_model, build_threat, data_of
@@ -24,6 +25,7 @@ from robustlayers.study.work import Report
 __all__ = ["measure_run"]
 
 _FLAGGED = 100  # test images that the flags look at
+_LOOKED_AT = 128  # validation images that the norm layers are looked at with
 _PICTURES = 8
 
 
@@ -36,8 +38,9 @@ def measure_run(
     """
     folder = store.result(run, seed)
     began = time.perf_counter()
-    dataset, _, _, test = data_of(recipe.data)
+    dataset, _, validation, test = data_of(recipe.data)
     test = test.to(device)
+    looked_at = validation.first(min(_LOOKED_AT, len(validation))).to(device) if len(validation) else None
     attacks = {label(attack): attack for attack in (build_attack(a, recipe.threat) for a in recipe.evaluate.attacks)}
     trained = store.phase(nodes[-1].id, seed)
     curve = read_json(trained / "curve.json")
@@ -46,6 +49,7 @@ def measure_run(
     model = build_model(recipe.model, dataset, seed).to(device)
     rows: list[dict[str, Any]] = []
     seen: dict[int, list[dict[str, Any]]] = {}
+    norms: dict[int, list[dict[str, Any]]] = {}
     pictures: dict[str, Tensor] = {}
     for checkpoint in recipe.evaluate.checkpoints:
         epoch = epochs[checkpoint]
@@ -62,9 +66,25 @@ def measure_run(
             )
             notes = flags(model, test.images[:_FLAGGED], test.labels[:_FLAGGED], build_threat(recipe.threat))
             seen[epoch] = _test_rows(verdicts, attacks, "; ".join(notes)) + _curve_rows(recipe, points[epoch])
+            if looked_at is not None:
+                monitor = build_attack(recipe.evaluate.monitor.attack, recipe.threat)
+                norms[epoch] = study_rows(
+                    model,
+                    looked_at.images,
+                    looked_at.labels,
+                    monitor,
+                    noise=Gaussian(build_threat(recipe.threat)),
+                    seed=seed,
+                )
             pictures = pictures or _pictures(model, test, len(dataset.classes), next(iter(attacks.values())), seed)
         rows += [{"checkpoint": checkpoint, "epoch": epoch, "normalization": "running", **row} for row in seen[epoch]]
     write_json(folder / "rows.json", rows)
+    layers = [
+        {"checkpoint": checkpoint, "epoch": epochs[checkpoint], **row}
+        for checkpoint in recipe.evaluate.checkpoints
+        for row in norms.get(epochs[checkpoint], ())
+    ]
+    write_json(folder / "norms.json", layers)
     write_tensors(folder / "pictures.safetensors", pictures)
     write_json(folder / "time.json", {"seconds": time.perf_counter() - began})
     store.finish(folder, kind="result", id=run, seed=seed)

@@ -12,6 +12,7 @@ from torch import nn
 
 from robustlayers import attacks
 from robustlayers.core.errors import UserError, one_of
+from robustlayers.core.quantities import number
 from robustlayers.data import Augment, Images, batch_count
 from robustlayers.normalization import PASSES, NormPolicy, Switch, habit
 from robustlayers.normalization.policy import policy_content
@@ -154,11 +155,16 @@ def build_ascent(value: str | Mapping[str, Any] | None) -> Ascent | None:
 
 def build_perturbation(value: str | Mapping[str, Any] | None) -> Perturbation:
     """Return the schedule of a phase's eps."""
+    if isinstance(value, Mapping):
+        numbers = ("low", "since", "until")
+        value = {key: number(item, key) if key in numbers else item for key, item in value.items()}
     return Perturbation() if value is None else _settings(Perturbation, value, "perturbation schedule")
 
 
 def build_average(value: str | Mapping[str, Any] | None) -> AverageSettings | None:
     """Return the average of a phase's weights."""
+    if isinstance(value, Mapping) and not isinstance(value.get("select", ""), str):
+        raise UserError(f"select: {value['select']!r} is not a selector; write all, norm or stage(1)")
     return None if value is None else _settings(AverageSettings, value, "average")
 
 
@@ -197,9 +203,15 @@ def phase_partition(model: nn.Module, recipe: Recipe, phase: PhaseConfig) -> Par
     groups = phase_groups(recipe, phase)
     if phase.kind != "train" and "rest" not in groups.values():
         inventory = Inventory(model)
-        held = sum(
-            selection.parameters + selection.buffers for selection in (resolve(inventory, s) for s in groups.values())
-        )
+        held = 0
+        for group, selector in groups.items():
+            try:
+                selection = resolve(inventory, selector)
+            except UserError as error:
+                if phase.kind == "recalibrate":  # its group has a name of ours
+                    raise
+                raise UserError([fault.at(path=group) for fault in error.faults]) from None
+            held += selection.parameters + selection.buffers
         if held < sum(entry.size for entry in inventory):
             groups["rest"] = "rest"
     return Partition(model, groups)

@@ -147,6 +147,9 @@ class PassesConfig(_Closed):
     score: SwitchConfig | None = Field(default=None, description="an added forward of what was crafted")
     clean: SwitchConfig | None = None
     adversarial: SwitchConfig | None = None
+    joint: SwitchConfig | None = Field(
+        default=None, description="clean and adversarial images as one batch, in the place of two passes"
+    )
     again: SwitchConfig | None = Field(default=None, description="an added clean forward before the update")
     ascent: SwitchConfig | None = Field(
         default=None, description="passes at weights that an ascent has perturbed; no update unless given"

@@ -21,7 +21,6 @@ from robustlayers.normalization.recalibration import Recalibration
 from robustlayers.selection import Selection
 from robustlayers.study.faults import Faults
 from robustlayers.study.phases import (
-    build_ascent,
     build_average,
     build_optimizer_settings,
     build_perturbation,
@@ -265,7 +264,7 @@ def _check_phases(recipe: Recipe, dataset: Dataset, found: Faults) -> None:
             with found.at_option(phase.perturbation or {}, "phases", index, "perturbation"):
                 build_perturbation(phase.perturbation)
             with found.at_option(phase.ascent or {}, "phases", index, "ascent"):
-                ascent = build_ascent(phase.ascent)
+                ascent = phase.ascent  # as written: messages tell a default from what was asked for
                 PartialStep(model, partition, phase.train, optimizer=None, attack=attack, policy=policy, ascent=ascent)
             with found.at_option(phase.average or {}, "phases", index, "average"):
                 average = build_average(phase.average)

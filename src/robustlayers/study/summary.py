@@ -123,6 +123,7 @@ class Arm:
     phases: Sequence[PhaseLine]
     curves: Mapping[int, Sequence[CurvePoint]]  # seed -> points
     ledger: Sequence[LedgerLine]
+    norms: Mapping[str, Sequence[Mapping[str, object]]] = field(default_factory=dict)  # checkpoint -> rows, all seeds
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ Shares = dict[str, dict[str, list[tuple[float, Tensor | None]]]]
 """objective -> tensor -> (weight, mask or None) of each group that learns from it"""
 
 # Crafting serves the adversarial objective: with `update: true` its passes count as that objective's.
-_OBJECTIVE_OF = {
-    "clean": "natural",
-    "again": "natural",
-    "log": "natural",
-    "adversarial": "adversarial",
-    "craft": "adversarial",
-    "score": "adversarial",
+_OBJECTIVES_OF = {
+    "clean": {"natural"},
+    "again": {"natural"},
+    "log": {"natural"},
+    "adversarial": {"adversarial"},
+    "craft": {"adversarial"},
+    "score": {"adversarial"},
+    "joint": {"natural", "adversarial"},
 }
 
 
@@ -70,7 +71,9 @@ class Binding:
         self.extra = policy.extra if crafts else ()
         self._exceptions = layer_switches(policy, partition.inventory)
         self._layers = _steered(partition, statistics)
-        self.settings = {name: self._settings(name, statistics) for name in ("craft", *self.extra, *self.passes)}
+        self.joint = policy.joint is not None and len(self.passes) == 2
+        made = ("craft", *self.extra, *(("joint",) if self.joint else self.passes))
+        self.settings = {name: self._settings(name, statistics) for name in made}
         crafting = [self.settings[name] for name in ("craft", "score") if name in self.settings]
         self.crafting_updates = any(setting.update for settings in crafting for setting in settings.values())
         self.still = [  # whose statistics crafting must leave, though it moves those of others
@@ -80,7 +83,8 @@ class Binding:
         self.climbing = climbed is not None and bool(self.passes)
         if self.climbing and climbed is not None:
             self.climbs = self._climbs(climbed)
-            ascent = {name: self._settings("ascent", statistics, name) for name in self.passes}
+            passes = ("joint",) if self.joint else self.passes
+            ascent = {name: self._settings("ascent", statistics, name) for name in passes}
             self.ascent_settings, self.ascent_moving = ascent, self._moving(ascent)
 
     @property
@@ -129,16 +133,17 @@ class Binding:
     ) -> dict[nn.Module, Setting]:
         """Return what each norm layer does in a pass; the ascent's policy holds for each of the step's passes."""
         kind = of or name
-        objective = _OBJECTIVE_OF[kind]
         settings: dict[nn.Module, Setting] = {}
         faults: list[Fault] = []
         for module, path in self._layers.items():
             switch = self._exceptions.get(module, {}).get(name, self.policy[name])
             signal = statistics.get(module, {})
-            learns = objective in signal
+            learns = not _OBJECTIVES_OF[kind].isdisjoint(signal)
             if self.source is not None and kind in ("clean", "adversarial"):
                 learns = kind == self.source
             settings[module] = switch.resolve(bool(signal), learns)
+            if kind == "joint" and switch.branch is None:
+                settings[module] = settings[module]._replace(branch="joint")
             text = check_setting(module, settings[module], path)
             if text:
                 faults.append(Fault(text, path=name))
@@ -148,6 +153,8 @@ class Binding:
 
     def _moving(self, settings: Mapping[str, Mapping[nn.Module, Setting]]) -> dict[str, set[nn.Module]]:
         """Return the layers that a pass normalizes by running statistics, which a later one updates before its backward."""
+        if self.joint:
+            return {"joint": set()}
         return {
             name: {
                 module

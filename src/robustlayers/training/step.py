@@ -240,7 +240,8 @@ class PartialStep:
         {'2': 13}
         """
         binding = self.binding(turn)
-        forwards = dict.fromkeys((*binding.passes, *binding.extra), 1)
+        passes = ("joint",) if binding.joint else binding.passes
+        forwards = dict.fromkeys((*passes, *binding.extra), 1)
         crafts = "adversarial" in binding.passes and turn.eps > 0
         forwards["craft"] = getattr(self.attack, "forward_passes", 0) if crafts else 0
         forwards["score"] = int(crafts and self._scores(binding, self.attack))
@@ -338,9 +339,12 @@ class PartialStep:
 
         `ascending`: at perturbed weights, under the policy `ascent`. `limit`: only samples below it count.
         """
-        logits = {
-            name: self._forward(name, inputs[name], y, binding, shares, log, ascending) for name in binding.passes
-        }
+        if binding.joint:
+            logits = self._forward("joint", inputs, y, binding, shares, log, ascending)
+        else:
+            logits = {}
+            for name in binding.passes:
+                logits |= self._forward(name, {name: inputs[name]}, y, binding, shares, log, ascending)
         gradients: dict[str, Tensor] = {}
         for place, objective in enumerate(binding.objectives):
             wanted = shares[objective.name]
@@ -355,7 +359,11 @@ class PartialStep:
                 )
             if not wanted or not loss.requires_grad:  # only buffers learn from it, or what is not used in the forward
                 continue
-            later = [other for other in binding.objectives[place + 1 :] if set(other.passes) & set(objective.passes)]
+            later = [
+                other
+                for other in binding.objectives[place + 1 :]
+                if binding.joint or set(other.passes) & set(objective.passes)
+            ]
             for name in wanted:  # another pass may have switched it off since the forward
                 self._tensors[name].requires_grad_(True)
             found = torch.autograd.grad(
@@ -440,10 +448,21 @@ class PartialStep:
             log.correct["log"] = (logits.argmax(1) == y).sum()
 
     def _forward(
-        self, name: str, x: Tensor, y: Tensor, binding: Binding, shares: Shares, log: StepLog, ascending: bool
-    ) -> Tensor:
+        self,
+        name: str,
+        inputs: Mapping[str, Tensor],
+        y: Tensor,
+        binding: Binding,
+        shares: Shares,
+        log: StepLog,
+        ascending: bool,
+    ) -> dict[str, Tensor]:
+        """Return the logits of each kind of images, of one alone or of all as one batch."""
         needed = {
-            tensor for objective in binding.objectives if name in objective.passes for tensor in shares[objective.name]
+            tensor
+            for objective in binding.objectives
+            if not inputs.keys().isdisjoint(objective.passes)
+            for tensor in shares[objective.name]
         }
         for key, tensor in self._tensors.items():
             tensor.requires_grad_(key in needed)
@@ -451,10 +470,16 @@ class PartialStep:
             (binding.ascent_settings, binding.ascent_moving) if ascending else (binding.settings, binding.moving)
         )
         with normalizing(self.model, settings[name], training=True, moving=moving[name], frozen=self._snapshot):
-            logits = self.model(x)
-        log.forward_passes += 1
+            if len(inputs) == 1:
+                ((kind, x),) = inputs.items()
+                logits = {kind: self.model(x)}
+            else:
+                both = self.model(torch.cat(list(inputs.values())))
+                logits = dict(zip(inputs, both.chunk(len(inputs)), strict=True))
+        log.forward_passes += len(inputs)
         if not ascending:
-            log.correct.setdefault(name, (logits.detach().argmax(1) == y).sum())
+            for kind, values in logits.items():
+                log.correct.setdefault(kind, (values.detach().argmax(1) == y).sum())
         return logits
 
 

@@ -1,0 +1,356 @@
+"""`robustlayers evaluate`: how robust a model is, by AutoAttack or other attacks, with intervals and per class."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from robustlayers.cli.arguments import Trust
+
+if TYPE_CHECKING:
+    from robustlayers.attacks import Threat
+    from robustlayers.cli.subject import Subject
+    from robustlayers.evaluation.cascade import Moment, Outcome
+
+__all__ = ["evaluate"]
+
+_FLAGGED = 100  # test images that the flags look at
+_LINE_SECONDS = 20.0  # between lines of progress where there is no terminal
+_NAMED = ("model", "weights", "arm", "run_seed", "phase", "checkpoint", "data")
+_MEASURED = ("metric", "class", "value", "low", "high", "count", "total", "split", "threat", "attack", "normalization")
+COLUMNS = (*_NAMED, *_MEASURED, "seed", "flags")
+
+Assignments = tuple[str, ...]
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            metavar="MODEL",
+            help="a study's folder, a result in it, an architecture, or an importable function MODULE:FUNCTION",
+        ),
+    ],
+    attack: Annotated[
+        Assignments,
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="NAME", help="autoattack (unless given), pgd-20, apgd-ce, square-1000; several times"),
+    ] = (),
+    eps: Annotated[str | None, tyro.conf.arg(help="in pixel units, as 8/255; that of the study unless given")] = None,
+    norm: Annotated[str | None, tyro.conf.arg(help="linf, l2 or l1; linf unless given or the study's")] = None,
+    weights: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="safetensors, or a state_dict (.pt)")] = None,
+    data: Annotated[str | None, tyro.conf.arg(help="the data set; that of the study unless given")] = None,
+    images: Annotated[int | None, tyro.conf.arg(help="only so many test images, the first ones")] = None,
+    arm: Annotated[str | None, tyro.conf.arg(help="of a study: which arm")] = None,
+    phase: Annotated[str | None, tyro.conf.arg(help="of a study: after which phase; the last unless given")] = None,
+    checkpoint: Annotated[str | None, tyro.conf.arg(help="of a study: best (unless given) or last")] = None,
+    run_seed: Annotated[int | None, tyro.conf.arg(help="of a study: trained from which seed; the first one")] = None,
+    option: Annotated[
+        Assignments,
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="NAME=VALUE", help="an option of the architecture or function, as in depth=20"),
+    ] = (),
+    rename: Annotated[
+        Assignments,
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="OLD=NEW", help="a name, or the start of names, in the file of weights"),
+    ] = (),
+    trust: Trust = False,
+    seed: Annotated[int, tyro.conf.arg(help="of the attacks' random draws")] = 0,
+    batch_size: Annotated[int | None, tyro.conf.arg(help="changes the time only")] = None,
+    device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
+    threads: Annotated[int | None, tyro.conf.arg(help="torch threads")] = None,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help="keep results, and what a kill would lose")] = None,
+) -> int:
+    """Attack a model and print its accuracies; with --out it can be killed at any moment, the same command goes on."""
+    import torch
+
+    from robustlayers.cli.subject import Asked, subject_of
+    from robustlayers.core.device import pick_device
+    from robustlayers.core.errors import Fault, UserError
+    from robustlayers.evaluation import flags
+
+    for name, value in (("--threads", threads), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise UserError(Fault(f"{value} is not allowed; allowed: at least 1", path=name))
+    if out is not None and out.exists() and not out.is_dir():
+        raise UserError(Fault("is a file; name a folder", path="--out"))
+    asked = Asked(
+        model=model,
+        weights=weights,
+        data=data,
+        images=images,
+        arm=arm,
+        phase=phase,
+        checkpoint=checkpoint,
+        run_seed=run_seed,
+        options=_assigned(option, "--option"),
+        rename=_renamed(rename),
+        trust=trust,
+    )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = pick_device(device)
+    subject = subject_of(asked)
+    threat = _threat(norm, eps, subject)
+    wanted = tuple(dict.fromkeys(attack)) or ("autoattack",)
+    _check_attacks(wanted, threat)
+    subject.model.to(where)
+    try:
+        with _progress() as progress:
+            outcomes = _outcomes(subject, wanted, threat, seed, batch_size, out, progress)
+    except KeyboardInterrupt:
+        if out is not None:
+            raise
+        print("stopped; nothing is kept without --out DIR", file=sys.stderr)
+        sys.exit(130)
+    test = subject.test
+    raised = flags(subject.model, test.images[:_FLAGGED], test.labels[:_FLAGGED], threat)
+    rows = list(_rows(subject, outcomes, threat, seed, "; ".join(raised)))
+    if out is not None:
+        _write(out, rows, outcomes, seed, raised)
+    _print(subject, rows, outcomes, raised)
+    return 0
+
+
+def _outcomes(
+    subject: Subject,
+    wanted: Sequence[str],
+    threat: Threat,
+    seed: int,
+    batch_size: int | None,
+    out: Path | None,
+    progress: Callable[[str], Callable[[Moment], None]],
+) -> dict[str, Outcome]:
+    """Return what each attack that was asked for found, by the label that it earned."""
+    from robustlayers.attacks import parse
+    from robustlayers.evaluation.autoattack import autoattack
+    from robustlayers.evaluation.cascade import cascade
+
+    outcomes: dict[str, Outcome] = {}
+    x, y = subject.test.images, subject.test.labels
+    for name in wanted:
+        directory = None if out is None else out / "shards" / name
+        facts: dict[str, Any] = {"directory": directory, "batch_size": batch_size, "seed": seed}
+        if name == "autoattack":
+            found = autoattack(
+                subject.model, x, y, threat=threat, whole=subject.whole, progress=progress(name), **facts
+            )
+        else:
+            found = cascade(subject.model, x, y, {name: parse(name, threat)}, progress=progress(""), **facts)
+        outcomes[found.label] = found
+    return outcomes
+
+
+def _check_attacks(wanted: Sequence[str], threat: Threat) -> None:
+    """Raise for every attack that cannot run, before the first one does."""
+    from robustlayers.attacks import ATTACKS, parse
+    from robustlayers.core.errors import Fault, UserError, nearest
+
+    faults: list[Fault] = []
+    for name in wanted:
+        try:
+            if name != "autoattack":
+                parse(name, threat)
+        except UserError as error:
+            close = nearest(name, [*ATTACKS, "autoattack"], 1)
+            hint = "; nearest: autoattack" if close == ["autoattack"] else ""
+            faults += [Fault(fault.message + hint, path="--attack") for fault in error.faults]
+    if faults:
+        raise UserError(faults)
+
+
+def _threat(norm: str | None, eps: str | None, subject: Subject) -> Threat:
+    from robustlayers.attacks import Threat
+    from robustlayers.core.errors import Fault, UserError
+
+    known = subject.threat
+    if eps is None and (known is None or (norm is not None and norm != known.norm)):
+        raise UserError(Fault("is missing: how far may a pixel move? write 8/255", path="--eps"))
+    try:
+        return Threat(norm or (known.norm if known else "linf"), eps if eps is not None else known.eps if known else 0)
+    except UserError as error:
+        path = "--norm" if "norm" in error.faults[0].message else "--eps"
+        raise UserError([Fault(fault.message, path=path) for fault in error.faults]) from None
+
+
+def _assigned(texts: Sequence[str], name: str) -> dict[str, Any]:
+    from robustlayers.core.errors import Fault, UserError
+    from robustlayers.study.yaml import parse_value
+
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not key.isidentifier():
+            raise UserError(Fault(f"{text!r} is not NAME=VALUE, such as depth=20", path=name))
+        if key in values:
+            raise UserError(Fault(f"{key!r} is given twice", path=name))
+        values[key] = parse_value(value, f"{name} {key}")
+    return values
+
+
+def _renamed(texts: Sequence[str]) -> dict[str, str]:
+    from robustlayers.core.errors import Fault, UserError
+
+    names: dict[str, str] = {}
+    for text in texts:
+        old, equals, new = (part.strip() for part in text.partition("="))
+        if not equals or not old or old in names:
+            raise UserError(Fault(f"{text!r} is not OLD=NEW, such as backbone=, each once", path="--rename"))
+        names[old] = new
+    return names
+
+
+def _rows(
+    subject: Subject, outcomes: Mapping[str, Outcome], threat: Threat, seed: int, flags: str
+) -> Iterator[dict[str, Any]]:
+    """Yield the accuracies, over all images and for each class: clean, each attack, all of them together."""
+    import torch
+
+    from robustlayers.evaluation import interval
+
+    labels = subject.test.labels.cpu()
+    first = next(iter(outcomes.values()))
+    verdicts = {"clean": (first.clean, "")}
+    for name, found in outcomes.items():
+        if len(found.table) > 1:
+            right = first.clean.clone()
+            for turn in found.table:
+                right &= torch.tensor([broken != turn.attack for broken in found.broken_by])
+                verdicts[f"{name}: {turn.attack}"] = (right.clone(), turn.text)
+        verdicts[name] = (found.robust, "; then ".join(turn.text for turn in found.table))
+    robust = torch.stack([found.robust for found in outcomes.values()]).all(0)
+    verdicts["robust"] = (robust, "worst case of " + "; ".join(outcomes))
+    for metric, (right, text) in verdicts.items():
+        for place, name in enumerate(("", *subject.classes)):
+            some = right if not name else right[labels == place - 1]
+            if len(some):
+                low, high = interval(int(some.sum()), len(some))
+                yield {
+                    **{column: subject.facts.get(column, "") for column in _NAMED},
+                    **{"metric": metric, "class": name, "value": int(some.sum()) / len(some)},
+                    **{"low": low, "high": high, "count": int(some.sum()), "total": len(some), "split": "test"},
+                    **{"threat": str(threat) if text else "", "attack": text, "normalization": "running"},
+                    **{"seed": seed, "flags": flags},
+                }
+
+
+def _write(
+    out: Path, rows: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outcome], seed: int, raised: Sequence[str]
+) -> None:
+    """Write the rows as CSV, without times, and everything as JSON; the manifest last."""
+    from robustlayers.core.device import versions
+    from robustlayers.core.files import write_json, write_manifest, write_text
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(out / "rows.csv", text.getvalue())
+    facts = {
+        "seed": seed,
+        "versions": versions(),
+        "flags": list(raised),
+        "evaluations": [
+            {
+                "label": found.label,
+                "threat": str(found.threat),
+                "turns": [vars(turn) for turn in found.table],
+                "notes": list(found.notes),
+                "disagreements": found.disagreements,
+                "robust": found.robust.int().tolist(),
+                "broken_by": list(found.broken_by),
+            }
+            for found in outcomes.values()
+        ],
+        "rows": list(rows),
+    }
+    write_json(out / "result.json", facts)
+    write_manifest(out, {"kind": "evaluation"})
+
+
+def _print(
+    subject: Subject, rows: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outcome], raised: Sequence[str]
+) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from robustlayers.cli.console import plain_console
+    from robustlayers.cli.plan import duration_text
+
+    console = plain_console()
+    named = ", ".join(str(subject.facts[name]) for name in _NAMED if subject.facts.get(name))
+    threat = next(iter(outcomes.values())).threat
+    console.print(Text(f"{named}; {threat}; seed {rows[0]['seed']}", style="bold"), soft_wrap=True)
+    turns = {
+        (f"{name}: {turn.attack}" if len(found.table) > 1 else name): turn
+        for name, found in outcomes.items()
+        for turn in found.table
+    }
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("attack", overflow="fold")
+    for column in ("accuracy", "95 % interval", "right", "broke", "of", "time"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if not row["class"]:
+            turn = turns.get(row["metric"])
+            did = (str(turn.broken), str(turn.attacked), duration_text(turn.seconds)) if turn else ("", "", "")
+            part = f"  {row['metric'].partition(': ')[2]}" if ": " in row["metric"] else row["metric"]
+            span = f"{row['low']:.1%} to {row['high']:.1%}"
+            right = f"{row['count']} of {row['total']}"
+            table.add_row(*map(Text, (part, f"{row['value']:.2%}", span, right, *did)))
+    console.print(table)
+    classes = Table(box=None, pad_edge=False, header_style="bold")
+    shown = ["clean", *outcomes, *(["robust"] if len(outcomes) > 1 else [])]
+    classes.add_column("class")
+    for name in ("images", *shown):
+        classes.add_column(Text(name), justify="right")
+    per_class = {(row["class"], row["metric"]): row for row in rows if row["class"]}
+    for name in subject.classes:
+        if (name, "clean") in per_class:
+            cells = [f"{per_class[name, metric]['value']:.1%}" for metric in shown]
+            classes.add_row(*map(Text, (name, str(per_class[name, "clean"]["total"]), *cells)))
+    console.print()
+    console.print(classes)
+    notes = [note for found in outcomes.values() for note in found.notes]
+    for note in (*notes, *(f"flag: {flag}" for flag in raised)):
+        console.print(Text(note), soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], Callable[[Moment], None]]]:
+    """Yield what makes a receiver of progress: one line that changes on a terminal, a line now and then elsewhere."""
+    from rich.console import Console
+
+    from robustlayers.cli.plan import duration_text
+
+    def say(name: str, moment: Moment) -> str:
+        what = f"{name}: {moment.attack}" if name else moment.attack
+        left = "" if moment.left is None else f", about {duration_text(moment.left)} left"
+        return f"{what}: {moment.done} of {moment.of} images, {moment.robust} still right{left}"
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status("clean") as status:
+            yield lambda name: lambda moment: status.update(say(name, moment))
+        return
+    told = [time.monotonic()]
+
+    def line(name: str) -> Callable[[Moment], None]:
+        def tell(moment: Moment) -> None:
+            if time.monotonic() - told[0] >= _LINE_SECONDS or moment.done == moment.of:
+                told[0] = time.monotonic()
+                print(say(name, moment), file=sys.stderr, flush=True)
+
+        return tell
+
+    yield line

@@ -1,0 +1,281 @@
+"""Attacks in turn: each gets the images that the ones before have not broken, in full batches that are kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlayers.attacks import NamedAttack, Threat, is_correct, is_own
+from robustlayers.core.errors import UserError
+from robustlayers.core.identity import digest
+from robustlayers.core.random import stream
+from robustlayers.evaluation._meter import Meter, Moment, Outlook
+from robustlayers.evaluation._shards import Shard, Shards
+from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still
+from robustlayers.evaluation.intervals import interval
+from robustlayers.normalization.fold import crafting_forward
+
+__all__ = ["Moment", "Outcome", "Turn", "cascade"]
+
+_SCHEMA = 1  # raised when the same evaluation would give other numbers
+_BATCH = {"cpu": 64}  # as fast as larger ones there, and a kill loses less
+_BATCH_ELSEWHERE = 1000
+_WIDE = 32  # pixels from which convolutions on a CPU are faster channels-last
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one attack of a cascade did: images `attacked` and `broken`, those still right after it, and its cost.
+
+    `forwards` and `backwards` are passes of single images, as they were made by all processes that had a part in it.
+    """
+
+    attack: str
+    text: str
+    attacked: int
+    broken: int
+    robust: int
+    forwards: int
+    backwards: int
+    seconds: float = field(compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a cascade found, image by image, on the CPU.
+
+    `clean`, `robust`: bool [n], right without an attack, and right under all of them. `x_adv`: [n, ...] an adversarial
+    image for each that is broken, the image itself for the others. `broken_by`: the attack that broke it, `clean` where it
+    was wrong already, empty where it is robust. `label` says what ran, and may stand in a table. `table`: what each attack
+    did. `notes`: what a reader should know. `disagreements`: final images that the model judged otherwise at the end.
+    """
+
+    label: str
+    threat: Threat
+    clean: Tensor
+    robust: Tensor
+    x_adv: Tensor
+    broken_by: tuple[str, ...]
+    table: tuple[Turn, ...]
+    notes: tuple[str, ...] = ()
+    disagreements: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images that are right under all attacks."""
+        return int(self.robust.sum()) / len(self.robust)
+
+    def __str__(self) -> str:
+        n = len(self.robust)
+        lines = [f"{self.label}, {self.threat}"]
+        lines.append(_line("clean", int(self.clean.sum()), n, ""))
+        for turn in self.table:
+            lines.append(_line(turn.attack, turn.robust, n, f"  broke {turn.broken} of {turn.attacked}"))
+        low, high = interval(int(self.robust.sum()), n)
+        lines.append(f"robust {self.accuracy:.2%}, 95 % interval {low:.2%} to {high:.2%}")
+        return "\n".join([*lines, *self.notes])
+
+
+def _line(name: str, right: int, n: int, rest: str) -> str:
+    return f"{name:<16} {right / n:7.2%}  {right} of {n}{rest}"
+
+
+def cascade(
+    forward: Forward,
+    x: Tensor,
+    y: Tensor,
+    attacks: Mapping[str, NamedAttack],
+    *,
+    directory: Path | str | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: Callable[[Moment], None] | None = None,
+    label: str = "",
+    notes: tuple[str, ...] = (),
+) -> Outcome:
+    """Run attacks in one threat in turn, each on the images that are still right, and return what they found.
+
+    Arguments, directory and random draws as in `autoattack`; `attacks` by name, in their order. An image is robust that is
+    right clean and after every attack it got, by the verdict of `forward` itself.
+
+    Raises `UserError` for images outside [0, 1], for attacks in several threats, for one that leaves its threat, and for a
+    directory that holds another evaluation.
+    """
+    check_labels(x, y)
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise UserError(f"batch_size: {batch_size!r} is not allowed; allowed: a whole number, 1 or more")
+    threats = {attack.threat: None for attack in attacks.values()}
+    if len(threats) != 1:
+        given = "; ".join(map(str, threats)) or "there is no attack"
+        raise UserError(f"attacks: one threat is needed for all of them; got: {given}")
+    device = device_of(forward, x)
+    batch_size = batch_size or _BATCH.get(device.type, _BATCH_ELSEWHERE)
+    foreign = [name for name, attack in attacks.items() if not is_own(attack)]
+    if foreign:
+        raise UserError(f"attacks: {foreign[0]} is not one of this package; allowed here: its own ones")
+    run = _Run(forward, x, y, device, batch_size, seed, Shards(directory), progress)
+    with still(forward, device), run.shards.opened(run.identity(attacks)):
+        clean = run.clean()
+        robust, x_adv = clean.clone(), torch.cat([batch.cpu() for _, batch in run.batches(torch.arange(len(x)))])
+        broken_by = ["" if right else "clean" for right in clean.tolist()]
+        run.outlook.start([_units(attack) for attack in attacks.values()])
+        turns = []
+        for number, (name, attack) in enumerate(attacks.items()):
+            shards = list(run.attack(f"{number:02d}-{name}", name, attack, robust))
+            turn = Turn(name, attack.describe(), int(robust.sum()), 0, 0, 0, 0, 0.0)
+            for shard in shards:
+                places = shard.places[shard.broken]
+                robust[places] = False
+                x_adv[places] = shard.x_adv
+                for place in places.tolist():
+                    broken_by[place] = name
+                turn = replace(
+                    turn,
+                    broken=turn.broken + len(places),
+                    forwards=turn.forwards + shard.forwards,
+                    backwards=turn.backwards + shard.backwards,
+                    seconds=turn.seconds + shard.seconds,
+                )
+            turns.append(replace(turn, robust=int(robust.sum())))
+        disagreements = run.judge_again(next(iter(threats)), x_adv, robust)
+    if disagreements:
+        said = f"{disagreements} of {len(x)} final images" if disagreements > 1 else f"1 of {len(x)} final images"
+        notes = (*notes, f"judged once more, {said} got another verdict: the output is random, or ties are close")
+    return Outcome(
+        label or "+".join(attacks),
+        next(iter(threats)),
+        clean,
+        robust,
+        x_adv,
+        tuple(broken_by),
+        tuple(turns),
+        notes,
+        disagreements,
+    )
+
+
+class _Run:
+    """One evaluation under way: what it reads, what it has kept, and how long it may take."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        x: Tensor,
+        y: Tensor,
+        device: torch.device,
+        batch_size: int,
+        seed: int,
+        shards: Shards,
+        progress: Callable[[Moment], None] | None,
+    ) -> None:
+        self.forward, self.x, self.y, self.device = forward, x, y, device
+        self.batch_size, self.seed, self.shards = batch_size, seed, shards
+        self.crafting: Forward = forward
+        if isinstance(forward, nn.Module):
+            # Faster there, and slower on smaller images and elsewhere; never by a measurement, which could fall otherwise
+            # when the evaluation is gone on with.
+            wide = device.type == "cpu" and x.ndim == 4 and x.shape[-1] >= _WIDE
+            self.crafting = crafting_forward(forward, channels_last=wide)
+        self.outlook = Outlook(progress)
+        self.keys = [
+            hashlib.sha256(image.numpy().tobytes() + bytes(str(int(label)), "ascii")).hexdigest()[:32]
+            for batch, natural in self.batches(torch.arange(len(x)))
+            for image, label in zip(natural.cpu(), self.labels(batch).cpu(), strict=True)
+        ]
+
+    def batches(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield some places and their images, a batch at a time."""
+        for batch in places.split(self.batch_size):
+            yield batch, images(self.x[batch.to(self.x.device)], self.device)
+
+    def labels(self, places: Tensor) -> Tensor:
+        return self.y[places.to(self.y.device)].to(self.device).long()
+
+    def identity(self, attacks: Mapping[str, NamedAttack]) -> dict[str, Any]:
+        """Return what decides the result, as plain data; a function's content is not known."""
+        return {
+            "schema": _SCHEMA,
+            "images": digest(self.keys),
+            "model": _model_digest(self.forward) if isinstance(self.forward, nn.Module) else "a function",
+            "attacks": [[name, attack.identity()] for name, attack in attacks.items()],
+            "seed": self.seed,
+        }
+
+    @torch.no_grad()
+    def verdict(self, x: Tensor, places: Tensor) -> Tensor:
+        """Return which images the model itself gets right: bool [n], on the CPU."""
+        return is_correct(self.forward(x), self.labels(places)).cpu()
+
+    def clean(self) -> Tensor:
+        """Return which images are right without an attack; it costs little, and tells whether a function is the same."""
+        right = torch.cat([self.verdict(x, batch) for batch, x in self.batches(torch.arange(len(self.x)))])
+        kept = self.shards.clean()
+        if kept is None:
+            self.shards.write_clean(right)
+            return right
+        if isinstance(self.forward, nn.Module):
+            return kept  # by the digest it is the same model; a tie may fall otherwise in another batch
+        if not torch.equal(kept, right):
+            count = int((kept != right).sum())
+            raise UserError(
+                f"{self.shards.folder}: holds another function's evaluation, or its output is random: "
+                f"{count} of {len(right)} images are judged otherwise without an attack"
+            )
+        return kept
+
+    def attack(self, group: str, name: str, attack: NamedAttack, robust: Tensor) -> Iterator[Shard]:
+        """Yield the shards of an attack on the images that are right: those that are kept, then new ones."""
+        standing = robust.clone()
+        kept = [shard for shard in self.shards.read(group) if bool(standing[shard.places].all())]
+        self.outlook.begin(name, int(standing.sum()), kept)
+        for shard in kept:
+            standing[shard.places] = False
+            yield shard
+        for batch, natural in self.batches(standing.nonzero().squeeze(1)):
+            began = time.perf_counter()
+            draws = [stream(self.seed, "autoattack", name, self.keys[place]) for place in batch.tolist()]
+            meter = Meter(self.crafting, self.outlook)
+            x_adv = attack(meter, natural, self.labels(batch), generator=draws).detach().to(natural.dtype)
+            _check(name, attack.threat, x_adv, natural)
+            broken = ~self.verdict(x_adv, batch)
+            seconds = time.perf_counter() - began
+            shard = Shard(batch, broken, x_adv.cpu()[broken], meter.forwards, meter.backwards, seconds)
+            self.shards.write(group, shard)
+            self.outlook.add(shard)
+            yield shard
+
+    def judge_again(self, threat: Threat, x_adv: Tensor, robust: Tensor) -> int:
+        """Check the final images against the threat and return how many the model now judges otherwise."""
+        count = 0
+        for batch, natural in self.batches(torch.arange(len(self.x))):
+            final = x_adv[batch].to(self.device)
+            _check("final images", threat, final, natural)
+            count += int((self.verdict(final, batch) != robust[batch]).sum())
+        return count
+
+
+def _check(name: str, threat: Threat, x_adv: Tensor, natural: Tensor) -> None:
+    try:
+        threat.check(x_adv, natural)
+    except UserError as error:
+        raise UserError([fault.at(path=name) for fault in error.faults]) from None
+
+
+def _units(attack: NamedAttack) -> int:
+    return max(1, attack.forward_passes + 2 * attack.backward_passes)
+
+
+def _model_digest(model: nn.Module) -> str:
+    """Return a digest of the class and of every tensor, by name, of a module."""
+    content = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in model.state_dict().items():
+        content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
