@@ -80,7 +80,10 @@ def compare(
             side.clean += clean
             side.robust += robust
             name = side.run.__name__
-            print(f"<!-- {attack} {threat} {name}: {robust} of {len(labels)}, {clock() - began:.1f} s {note} -->", flush=True)
+            print(
+                f"<!-- {attack} {threat} {name}: {robust} of {len(labels)}, {clock() - began:.1f} s {note} -->",
+                flush=True,
+            )
     mine, other = sides
     n = len(y)
     return (
@@ -93,7 +96,9 @@ def compare(
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="data set of 32x32 images in 10 classes, as in `robustlayers data`")
+    parser.add_argument(
+        "--data", required=True, help="data set of 32x32 images in 10 classes, as in `robustlayers data`"
+    )
     parser.add_argument("--weights", required=True, type=Path, help="safetensors of a CIFAR ResNet-20")
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--part", type=int, default=100, help="images that go through one side before the other's turn")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
@@ -226,6 +227,29 @@ def test_what_a_study_wrote_before_means_what_it_did():
     assert policy_of({"ascent": {"update": True}}) == NormPolicy(ascent=Switch("auto", True))
 
 
-def test_a_switch_that_makes_no_sense_is_told_with_its_pass():
-    with pytest.raises(UserError, match="clean: alpha, the share of the batch"):
-        policy_of({"clean": {"by": "mixture"}})
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"clean": {"by": "mixture"}},
+        {"clean": {"by": "batch", "alpha": 0.5}},
+        {"clean": {"by": "mixture", "alpha": 2}},
+        {"clean": {"update": False, "momentum": 0.5}},
+        {"clean": {"momentum": 0}},
+        {"clean": {"momentum": "own"}},
+        {"clean": {"condition": 2}},
+        {"habit": "rise"},
+        "rise",
+        ["rice"],
+        {"layers": {"norm": "rise"}},
+        {"layers": {"norm": {"layers": {}}}},
+    ],
+)
+def test_what_makes_no_sense_is_no_policy_of_a_study(value):
+    with pytest.raises(ValidationError):
+        policy_of(value)
+
+
+def test_an_exception_for_a_pass_that_is_not_made_is_an_error():
+    with pytest.raises(UserError, match="layers 'norm': no step makes the pass 'log' under this policy"):
+        policy_of({"layers": {"norm": {"log": {}}}})
+    assert policy_of({"layers": {"norm": "rice"}}).layers["norm"].keys() == NormPolicy().switches.keys()

@@ -316,3 +316,25 @@ def test_a_change_may_come_first_or_be_left_out(go: Go, kind: str) -> None:
     assert len(without.nodes) == 1
     only = go(f"name: a, {kind}")
     assert same(only.state(), ran.state(0)) and same(only.state(), only.state(which="best"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        f"{ROBUST}, ascent: {{name: sam, select: SELECTOR}}",
+        f"{ROBUST}, average: {{name: ema, select: SELECTOR}}",
+        "name: robust, epochs: 1, train: {SELECTOR: natural, rest: frozen}",
+        "name: robust, recalibrate: {select: SELECTOR}",
+        "name: robust, set: {SELECTOR: reinitialize}",
+    ],
+)
+def test_a_file_of_scores_counts_by_its_content(made: Callable[..., Plan], tmp_path: Path, option: str) -> None:
+    """Else results for one choice of layers would be taken for those of another."""
+    scores = tmp_path / "scores.json"
+    option = option.replace("SELECTOR", f"'top(\"{scores}\", count=1)'")
+    scores.write_text('{"layer1.0.bn1": 2, "layer2.0.bn1": 1}')
+    first = made(option).arms[0].nodes
+    scores.write_text('{"layer1.0.bn1": 1, "layer2.0.bn1": 2}')
+    assert made(option).arms[0].nodes != first
+    scores.write_text('{"layer1.0.bn1": 2, "layer2.0.bn1": 1}')
+    assert made(option).arms[0].nodes == first

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,10 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 _FLAGGED = 100  # test images that the flags look at
+_FINAL = ("AutoAttack", "APGD-CE+T")  # labels that no other attack should be able to beat
 _LINE_SECONDS = 20.0  # between lines of progress where there is no terminal
-_NAMED = ("model", "weights", "arm", "run_seed", "phase", "checkpoint", "data")
-_MEASURED = ("metric", "class", "value", "low", "high", "count", "total", "split", "threat", "attack", "normalization")
-COLUMNS = (*_NAMED, *_MEASURED, "seed", "flags")
 
 Assignments = tuple[str, ...]
 
@@ -74,10 +70,11 @@ def evaluate(
     """Attack a model and print its accuracies; with --out it can be killed at any moment, the same command goes on."""
     import torch
 
+    from robustlayers.cli.evaluated import rows_of, show, write
     from robustlayers.cli.subject import Asked, subject_of
     from robustlayers.core.device import pick_device
     from robustlayers.core.errors import Fault, UserError
-    from robustlayers.evaluation import flags
+    from robustlayers.evaluation import beyond_final, flags
 
     for name, value in (("--threads", threads), ("--batch-size", batch_size)):
         if value is not None and value < 1:
@@ -115,10 +112,12 @@ def evaluate(
         sys.exit(130)
     test = subject.test
     raised = flags(subject.model, test.images[:_FLAGGED], test.labels[:_FLAGGED], threat)
-    rows = list(_rows(subject, outcomes, threat, seed, "; ".join(raised)))
+    verdicts = {name: found.robust for name, found in outcomes.items()}
+    raised += [text for name in verdicts if name.startswith(_FINAL) for text in beyond_final(verdicts, name)]
+    rows = list(rows_of(subject, outcomes, seed, raised))
     if out is not None:
-        _write(out, rows, outcomes, seed, raised)
-    _print(subject, rows, outcomes, raised)
+        write(out, rows, outcomes, seed, raised)
+    show(subject, rows, outcomes, raised)
     return 0
 
 
@@ -208,122 +207,6 @@ def _renamed(texts: Sequence[str]) -> dict[str, str]:
             raise UserError(Fault(f"{text!r} is not OLD=NEW, such as backbone=, each once", path="--rename"))
         names[old] = new
     return names
-
-
-def _rows(
-    subject: Subject, outcomes: Mapping[str, Outcome], threat: Threat, seed: int, flags: str
-) -> Iterator[dict[str, Any]]:
-    """Yield the accuracies, over all images and for each class: clean, each attack, all of them together."""
-    import torch
-
-    from robustlayers.evaluation import interval
-
-    labels = subject.test.labels.cpu()
-    first = next(iter(outcomes.values()))
-    verdicts = {"clean": (first.clean, "")}
-    for name, found in outcomes.items():
-        if len(found.table) > 1:
-            right = first.clean.clone()
-            for turn in found.table:
-                right &= torch.tensor([broken != turn.attack for broken in found.broken_by])
-                verdicts[f"{name}: {turn.attack}"] = (right.clone(), turn.text)
-        verdicts[name] = (found.robust, "; then ".join(turn.text for turn in found.table))
-    robust = torch.stack([found.robust for found in outcomes.values()]).all(0)
-    verdicts["robust"] = (robust, "worst case of " + "; ".join(outcomes))
-    for metric, (right, text) in verdicts.items():
-        for place, name in enumerate(("", *subject.classes)):
-            some = right if not name else right[labels == place - 1]
-            if len(some):
-                low, high = interval(int(some.sum()), len(some))
-                yield {
-                    **{column: subject.facts.get(column, "") for column in _NAMED},
-                    **{"metric": metric, "class": name, "value": int(some.sum()) / len(some)},
-                    **{"low": low, "high": high, "count": int(some.sum()), "total": len(some), "split": "test"},
-                    **{"threat": str(threat) if text else "", "attack": text, "normalization": "running"},
-                    **{"seed": seed, "flags": flags},
-                }
-
-
-def _write(
-    out: Path, rows: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outcome], seed: int, raised: Sequence[str]
-) -> None:
-    """Write the rows as CSV, without times, and everything as JSON; the manifest last."""
-    from robustlayers.core.device import versions
-    from robustlayers.core.files import write_json, write_manifest, write_text
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(out / "rows.csv", text.getvalue())
-    facts = {
-        "seed": seed,
-        "versions": versions(),
-        "flags": list(raised),
-        "evaluations": [
-            {
-                "label": found.label,
-                "threat": str(found.threat),
-                "turns": [vars(turn) for turn in found.table],
-                "notes": list(found.notes),
-                "disagreements": found.disagreements,
-                "robust": found.robust.int().tolist(),
-                "broken_by": list(found.broken_by),
-            }
-            for found in outcomes.values()
-        ],
-        "rows": list(rows),
-    }
-    write_json(out / "result.json", facts)
-    write_manifest(out, {"kind": "evaluation"})
-
-
-def _print(
-    subject: Subject, rows: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outcome], raised: Sequence[str]
-) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from robustlayers.cli.console import plain_console
-    from robustlayers.cli.plan import duration_text
-
-    console = plain_console()
-    named = ", ".join(str(subject.facts[name]) for name in _NAMED if subject.facts.get(name))
-    threat = next(iter(outcomes.values())).threat
-    console.print(Text(f"{named}; {threat}; seed {rows[0]['seed']}", style="bold"), soft_wrap=True)
-    turns = {
-        (f"{name}: {turn.attack}" if len(found.table) > 1 else name): turn
-        for name, found in outcomes.items()
-        for turn in found.table
-    }
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("attack", overflow="fold")
-    for column in ("accuracy", "95 % interval", "right", "broke", "of", "time"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        if not row["class"]:
-            turn = turns.get(row["metric"])
-            did = (str(turn.broken), str(turn.attacked), duration_text(turn.seconds)) if turn else ("", "", "")
-            part = f"  {row['metric'].partition(': ')[2]}" if ": " in row["metric"] else row["metric"]
-            span = f"{row['low']:.1%} to {row['high']:.1%}"
-            right = f"{row['count']} of {row['total']}"
-            table.add_row(*map(Text, (part, f"{row['value']:.2%}", span, right, *did)))
-    console.print(table)
-    classes = Table(box=None, pad_edge=False, header_style="bold")
-    shown = ["clean", *outcomes, *(["robust"] if len(outcomes) > 1 else [])]
-    classes.add_column("class")
-    for name in ("images", *shown):
-        classes.add_column(Text(name), justify="right")
-    per_class = {(row["class"], row["metric"]): row for row in rows if row["class"]}
-    for name in subject.classes:
-        if (name, "clean") in per_class:
-            cells = [f"{per_class[name, metric]['value']:.1%}" for metric in shown]
-            classes.add_row(*map(Text, (name, str(per_class[name, "clean"]["total"]), *cells)))
-    console.print()
-    console.print(classes)
-    notes = [note for found in outcomes.values() for note in found.notes]
-    for note in (*notes, *(f"flag: {flag}" for flag in raised)):
-        console.print(Text(note), soft_wrap=True)
 
 
 @contextmanager

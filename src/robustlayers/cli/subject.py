@@ -126,7 +126,14 @@ def _stored(asked: Asked, path: Path) -> Subject:
     model = build_model(recipe.model, dataset, seed)
     load_checkpoint(model, trained / f"{checkpoint}.safetensors")
     test, whole = _first(test, asked.images)
-    facts = {"model": study.name, "arm": arm, "run_seed": str(seed), "checkpoint": checkpoint, "phase": node, "data": name}
+    facts = {
+        "model": plan["name"],
+        "arm": arm,
+        "run_seed": str(seed),
+        "checkpoint": checkpoint,
+        "phase": node,
+        "data": name,
+    }
     return Subject(
         model, test, dataset.classes, whole and len(test) == len(dataset.test), build_threat(recipe.threat), facts
     )
@@ -140,7 +147,9 @@ def _place(asked: Asked, plan: Mapping[str, Any], folder: Path) -> tuple[str, st
     inside = folder.name.startswith("seed-") and kind in ("phases", "results")
     if inside:
         seeds = [int(folder.name.removeprefix("seed-"))]
-        arms = {name: arm for name, arm in arms.items() if identity in (arm["nodes"] if kind == "phases" else [arm["run"]])}
+        arms = {
+            name: arm for name, arm in arms.items() if identity in (arm["nodes"] if kind == "phases" else [arm["run"]])
+        }
     if not arms:
         raise UserError(Fault("belongs to no arm of its study", file=str(folder)))
     if asked.arm is not None and asked.arm not in arms:

@@ -88,8 +88,7 @@ class Shards:
             lock.release()
 
     def _claim(self, identity: Mapping[str, Any]) -> None:
-        assert_folder = self._folder()
-        path = assert_folder / "evaluation.json"
+        path = Path(self.folder or "") / "evaluation.json"
         wanted = json.loads(json.dumps(identity))
         if not path.exists():
             write_json(path, wanted)
@@ -135,9 +134,6 @@ class Shards:
         """Keep which images are right without an attack."""
         if self.folder is not None:
             _write(self.folder, "clean", {"right": right})
-
-    def _folder(self) -> Path:
-        return Path() if self.folder is None else self.folder
 
 
 def _write(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:

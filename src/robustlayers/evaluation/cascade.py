@@ -76,8 +76,7 @@ class Outcome:
         n = len(self.robust)
         lines = [f"{self.label}, {self.threat}"]
         lines.append(_line("clean", int(self.clean.sum()), n, ""))
-        for turn in self.table:
-            lines.append(_line(turn.attack, turn.robust, n, f"  broke {turn.broken} of {turn.attacked}"))
+        lines += [_line(t.attack, t.robust, n, f"  broke {t.broken} of {t.attacked}") for t in self.table]
         low, high = interval(int(self.robust.sum()), n)
         lines.append(f"robust {self.accuracy:.2%}, 95 % interval {low:.2%} to {high:.2%}")
         return "\n".join([*lines, *self.notes])
@@ -192,7 +191,8 @@ class _Run:
 
     def batches(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield some places and their images, a batch at a time."""
-        for batch in places.split(self.batch_size):
+        for first in range(0, len(places), self.batch_size):
+            batch = places[first : first + self.batch_size]
             yield batch, images(self.x[batch.to(self.x.device)], self.device)
 
     def labels(self, places: Tensor) -> Tensor:
@@ -233,11 +233,13 @@ class _Run:
     def attack(self, group: str, name: str, attack: NamedAttack, robust: Tensor) -> Iterator[Shard]:
         """Yield the shards of an attack on the images that are right: those that are kept, then new ones."""
         standing = robust.clone()
-        kept = [shard for shard in self.shards.read(group) if bool(standing[shard.places].all())]
-        self.outlook.begin(name, int(standing.sum()), kept)
-        for shard in kept:
-            standing[shard.places] = False
-            yield shard
+        kept, of = [], int(standing.sum())
+        for shard in self.shards.read(group):
+            if bool(standing[shard.places].all()):  # else an earlier one was damaged, and its images attacked again
+                standing[shard.places] = False
+                kept.append(shard)
+        self.outlook.begin(name, of, kept)
+        yield from kept
         for batch, natural in self.batches(standing.nonzero().squeeze(1)):
             began = time.perf_counter()
             draws = [stream(self.seed, "autoattack", name, self.keys[place]) for place in batch.tolist()]

@@ -16,14 +16,18 @@ from robustlayers.models.weights import load_weights, read_weights
 
 __all__ = ["fit_names", "load_checkpoint", "read_state"]
 
-_WRAPPED = ("state_dict", "model_state_dict", "model", "net", "module")  # where files keep it beside an epoch or optimizer
+_WRAPPED = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "module",
+)  # where files keep it beside an epoch or optimizer
 _PREFIXES = ("module.", "model.", "_orig_mod.", "net.")  # of wrappers: data parallel, RobustBench, torch.compile
 _TORCH = (".pt", ".pth", ".ckpt", ".tar", ".bin")
 
 
-def load_checkpoint(
-    model: nn.Module, path: Path | str, rename: Mapping[str, str] | None = None
-) -> tuple[str, ...]:
+def load_checkpoint(model: nn.Module, path: Path | str, rename: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Copy the tensors of a file into `model`; return the names that kept their values, as `load_weights` does.
 
     The file is safetensors, or what `torch.save` made of a `state_dict` (`.pt`, `.pth`, `.ckpt`, `.tar`, `.bin`), alone or

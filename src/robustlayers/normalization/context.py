@@ -100,8 +100,8 @@ def normalizing(
                     setting = Setting(setting[0], setting[1])
                 _choose(module, setting, undo)
                 module.training = setting.by == "batch"
-                steer = _Steer(module, setting, module in moving, None if frozen is None else frozen.get(module), scope)
-                _set(steer, undo, strict=strict)
+                snapshot = None if frozen is None else frozen.get(module)
+                _set(module, setting, undo, scope, frozen=snapshot, moving=module in moving, strict=strict)
             else:
                 module.training = training
         yield
@@ -193,7 +193,7 @@ def normalization(
             values = snapshot.get(module)
             if setting.by is None and isinstance(outer, _Steer):
                 values = outer.frozen
-            _set(_Steer(module, filled, False, values, scope), undo, strict=True)
+            _set(module, filled, undo, scope, frozen=values, moving=False, strict=True)
         yield
 
 
@@ -380,28 +380,35 @@ class _Steer:
         return self.plain(y)
 
 
-def _set(steer: _Steer, undo: ExitStack, *, strict: bool) -> None:
-    module, setting = steer.module, steer.setting
+def _set(
+    module: nn.Module,
+    setting: Setting,
+    undo: ExitStack,
+    scope: _Scope,
+    *,
+    frozen: Mapping[str, Tensor] | None,
+    moving: bool,
+    strict: bool,
+) -> None:
     if not _has_statistics(module):
         return  # nothing to keep still, nothing to update
-    current = vars(module).get("forward", _ABSENT)
+    own = vars(module)
+    current = own.get("forward", _ABSENT)
     if isinstance(current, _Steer):  # of a block around this one
-        steer.plain = current.plain
+        undo.callback(_put_back, module, "forward", current)
+        own["forward"] = current.plain
     simple = setting.by in ("batch", "running") and setting.momentum is None and not strict
     if not simple or (setting.by == "running" and setting.update):
-        undo.callback(_put_back, module, "forward", current)
-        vars(module)["forward"] = steer
+        undo.callback(_put_back, module, "forward", own.get("forward", _ABSENT))
+        own["forward"] = _Steer(module, setting, moving, frozen, scope)
         return
-    if isinstance(current, _Steer):
-        undo.callback(_put_back, module, "forward", current)
-        vars(module)["forward"] = current.plain
     if setting.update:
         return
     known = _is_torchs(module)
     if known and setting.by == "batch":
         undo.callback(setattr, module, "track_running_stats", module.track_running_stats)
         setattr(module, "track_running_stats", False)  # noqa: B010  # type checkers take an attribute for a tensor
-    elif steer.moving or not known:
+    elif moving or not known:
         undo.callback(module._buffers.update, dict(module._buffers))
         module._buffers.update(_copies(module))
 

@@ -16,7 +16,7 @@ from robustlayers.core.quantities import number
 from robustlayers.data import Augment, Images, batch_count
 from robustlayers.normalization import PASSES, NormPolicy, Switch, habit
 from robustlayers.normalization.policy import policy_content
-from robustlayers.selection import Inventory, Partition, resolve
+from robustlayers.selection import Inventory, Partition, resolve, selector_content
 from robustlayers.study.schema import (
     GroupOptimizerConfig,
     NormalizationConfig,
@@ -299,9 +299,9 @@ def phase_content(recipe: Recipe, phase: PhaseConfig, attack: Callable[[Any], An
         content["perturbation"] = asdict(perturbation)
     ascent, average = build_ascent(phase.ascent), build_average(phase.average)
     if ascent is not None:
-        content["ascent"] = asdict(ascent)
+        content["ascent"] = {**asdict(ascent), "select": selector_content(ascent.select)}
     if average is not None:
-        content["average"] = asdict(average)
+        content["average"] = {**asdict(average), "select": selector_content(average.select)}
     if phase.stop is not None:
         content["stop"] = phase.stop.model_dump(mode="json")
     return {**content, "attack": _attack_content(recipe, phase, attack)}

@@ -117,14 +117,22 @@ class SwitchConfig(_Closed):
         default="auto", description="statistics that normalize; frozen: those at the start of the phase"
     )
     update: bool | Literal["auto"] = Field(default="auto", description="the running statistics, by the batch")
-    momentum: Quantity | Literal["cumulative"] | None = Field(
-        default=None, description="of the update, in (0, 1]; cumulative: the mean of all batches"
+    momentum: Annotated[Quantity, Field(gt=0, le=1)] | Literal["cumulative"] | None = Field(
+        default=None, description="of the update; cumulative: the mean of all batches"
     )
     alpha: Quantity | None = Field(
         default=None, ge=0, le=1, description="of mixture: alpha batch + (1 - alpha) running"
     )
     branch: str | None = Field(default=None, description="of layers that have it: main, auxiliary, ...")
     condition: Quantity | None = Field(default=None, ge=0, le=1, description="of conditional layers")
+
+    @model_validator(mode="after")
+    def _fits(self) -> SwitchConfig:
+        if (self.by == "mixture") != (self.alpha is not None):
+            raise ValueError("alpha, the share of the batch, goes with by: mixture, and the other way round")
+        if self.momentum is not None and self.update is False:
+            raise ValueError("momentum: this pass updates nothing; leave the momentum out")
+        return self
 
 
 class PassesConfig(_Closed):

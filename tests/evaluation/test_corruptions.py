@@ -1,0 +1,406 @@
+import colorsys
+import copy
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+
+import robustlayers as rl
+from robustlayers.core.errors import UserError
+from robustlayers.core.random import stream
+from robustlayers.evaluation import CORRUPTIONS, accuracy, corrupt, corruption_accuracy, interval
+from robustlayers.evaluation import corruption_formulas as formulas
+from robustlayers.evaluation._filters import blur, box_resize, disk, filtered, motion, sample, zoomed
+from robustlayers.evaluation.corruptions import SEVERITIES, CorruptionTable
+
+# Their published numbers change character on the way: other radii, other blends.
+NOT_RISING = {"glass-blur", "procedural-frost", "elastic-transform", "saturate"}
+
+
+def draws(n, seed=0):
+    return [torch.Generator().manual_seed(1000 * seed + i) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Smooth colored pictures with edges, [24, 3, 32, 32]."""
+    x = blur(torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0)), 1.5)
+    x = (x - x.amin((1, 2, 3), keepdim=True)) / (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
+    x[:, :, 8:14, 6:26] = 0.9 * x[:, :, 8:14, 6:26].flip(2)
+    return x
+
+
+def test_the_benchmarks_families_are_there():
+    groups = {}
+    for name, corruption in CORRUPTIONS.items():
+        groups.setdefault(corruption.group, []).append(name)
+        assert len(corruption.levels) == 5
+    assert {group: len(names) for group, names in groups.items()} == {
+        "noise": 3,
+        "blur": 4,
+        "weather": 4,
+        "digital": 4,
+        "extra": 3,
+    }
+
+
+@pytest.mark.parametrize("family", CORRUPTIONS)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 5, 9), (1, 1, 1), (3, 40, 2)], ids=str)
+def test_images_of_any_size_stay_images(family, shape):
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(1))
+    if family == "saturate" and shape[0] == 1:
+        with pytest.raises(UserError, match="1 channels; allowed: 3"):
+            corrupt(x, family, 1)
+        return
+    for severity in (1, 5):
+        z = corrupt(x, family, severity)
+        assert z.shape == x.shape and z.dtype == x.dtype
+        assert bool(z.isfinite().all()) and 0 <= float(z.min()) <= float(z.max()) <= 1
+
+
+@pytest.mark.parametrize("family", CORRUPTIONS)
+def test_an_images_corruption_is_its_own(family, pictures):
+    """The same in every batch, repeated, from bytes or floats; another image, or another seed, has other draws."""
+    x, state = pictures[:4], torch.get_rng_state()
+    kept = x.clone()
+    whole = corrupt(x, family, 3, seed=5)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(x, kept)
+    one = corrupt(x[2:3], family, 3, seed=5, first=2)
+    assert torch.allclose(whole[2:3], one, atol=1e-6)
+    assert torch.equal(whole, corrupt(x, family, 3, seed=5))
+    bytes_ = (x * 255).round().to(torch.uint8)
+    assert torch.equal(corrupt(bytes_, family, 3), corrupt(rl.data.to_float(bytes_), family, 3))
+    # Those that draw nothing give the same image again.
+    twice = x[:1].repeat(2, 1, 1, 1)
+    fixed = {"defocus-blur", "zoom-blur", "brightness", "contrast", "pixelate", "jpeg-compression", "saturate"}
+    first, second = corrupt(twice, family, 3)
+    assert torch.equal(first, second) == (family in fixed | {"gaussian-blur"})
+    assert torch.equal(corrupt(x, family, 3, seed=6), whole) == (family in fixed | {"gaussian-blur"})
+    assert corrupt(x[:0], family, 3).shape == x[:0].shape
+    assert corrupt(x.double(), family, 3).dtype == torch.float64
+
+
+@pytest.mark.parametrize("family", CORRUPTIONS)
+def test_severity_is_distance_to_the_clean_image(family, pictures):
+    distances = [float((corrupt(pictures, family, s) - pictures).square().mean().sqrt()) for s in SEVERITIES]
+    assert distances[0] > 0.003 and distances[4] > 1.5 * distances[0] * (family not in NOT_RISING)
+    # A box of another size meets the edges of a picture elsewhere, so pixelate rises but for a tenth.
+    rising = all(two >= (0.9 if family == "pixelate" else 1) * one for one, two in itertools.pairwise(distances))
+    assert rising or family in NOT_RISING, distances
+
+
+# -- noise ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_noise_has_the_mean_and_variance_of_its_formula(severity):
+    x = torch.full((8, 3, 64, 64), 0.4)
+    n = x.numel()
+
+    def check(family, variance, mean=0.4):
+        z = corrupt(x, family, severity).double()
+        assert float(z.mean()) == pytest.approx(mean, abs=5 * (variance / n) ** 0.5)
+        assert float(z.var()) == pytest.approx(variance, rel=0.02)
+
+    level = {name: corruption.levels[severity - 1] for name, corruption in CORRUPTIONS.items()}
+    check("gaussian-noise", level["gaussian-noise"] ** 2)
+    check("shot-noise", 0.4 / level["shot-noise"])
+    check("speckle-noise", (0.4 * level["speckle-noise"]) ** 2)
+    share = level["impulse-noise"]
+    z = corrupt(x, "impulse-noise", severity)
+    for value, expected in ((0.0, share / 2), (1.0, share / 2), (0.4, 1 - share)):
+        found = float((z == torch.tensor(value)).double().mean())
+        assert found == pytest.approx(expected, abs=5 * (expected * (1 - expected) / n) ** 0.5)
+
+
+def test_draws_are_the_same_at_every_severity_and_white():
+    x = torch.full((4, 1, 64, 64), 0.5)
+    one, five = corrupt(x, "gaussian-noise", 1) - x, corrupt(x, "gaussian-noise", 5) - x
+    assert torch.allclose(five, one * 0.10 / 0.04, atol=1e-4)
+    power = torch.fft.fft2(one).abs().square().mean((0, 1))
+    low, high = power[1:8, 1:8].mean(), power[24:40, 24:40].mean()
+    assert float(low / high) == pytest.approx(1, abs=0.25)
+
+
+# -- blur ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.4, 1.0, 3.0])
+def test_a_gaussian_blur_is_scipys(pictures, sigma):
+    for edge, mode in (("nearest", "nearest"), ("reflect", "reflect"), ("mirror", "mirror")):
+        expected = ndimage.gaussian_filter(pictures[0, 0].double().numpy(), sigma, mode=mode, truncate=4)
+        found = blur(pictures[:1, :1].double(), sigma, edge=edge)[0, 0]
+        assert np.allclose(found, expected, atol=1e-12)
+    small = torch.rand(1, 1, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert np.allclose(blur(small, 2.0)[0, 0], ndimage.gaussian_filter(small[0, 0].numpy(), 2.0, mode="nearest"))
+
+
+def test_filters_and_samples_are_scipys(pictures):
+    x = pictures[:1, :1].double()
+    kernel = torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = ndimage.correlate(x[0, 0].numpy(), kernel.numpy(), mode="mirror")
+    assert np.allclose(filtered(x, kernel)[0, 0], expected, atol=1e-12)
+    places = 44 * torch.rand(2, 1, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) - 6
+    for edge in ("nearest", "mirror", "reflect"):
+        expected = ndimage.map_coordinates(x[0, 0].numpy(), places[:, 0].numpy(), order=1, mode=edge)
+        # scipy reads between the last pixel and its mirror image a little differently where that is beyond the edge
+        inside = ((places > 0) & (places < 31)).all(0)[0] if edge != "nearest" else torch.ones(9, 7, dtype=torch.bool)
+        assert np.allclose(sample(x, *places, edge)[0, 0][inside], expected[inside.numpy()], atol=1e-12)
+    turned = sample(x, places[0], places[1], "reflect")
+    padded = torch.from_numpy(np.pad(x[0, 0].numpy(), 40, mode="symmetric"))[None, None]
+    assert torch.allclose(turned, sample(padded, places[0] + 40, places[1] + 40, "nearest"))
+    padded = torch.from_numpy(np.pad(x[0, 0].numpy(), 30, mode="reflect"))[None, None]
+    assert torch.allclose(sample(x, *places, "mirror"), sample(padded, places[0] + 30, places[1] + 30, "nearest"))
+
+
+@pytest.mark.parametrize("level", CORRUPTIONS["defocus-blur"].levels)
+def test_a_disk_is_round_and_keeps_brightness(level):
+    kernel = disk(*level)
+    assert float(kernel.sum()) == pytest.approx(1) and torch.allclose(kernel, kernel.T)
+    assert torch.allclose(kernel, kernel.flip(0))
+    assert float(kernel.amax()) == pytest.approx(float(kernel[len(kernel) // 2, len(kernel) // 2]))
+
+
+@pytest.mark.parametrize("family", ["gaussian-blur", "defocus-blur", "motion-blur", "zoom-blur", "pixelate"])
+def test_blurs_take_from_high_frequencies_and_leave_flat_images(family, pictures):
+    flat = torch.full((1, 3, 32, 32), 0.3)
+    assert torch.allclose(corrupt(flat, family, 5), flat, atol=1e-5)
+    noisy = torch.rand(8, 1, 32, 32, generator=torch.Generator().manual_seed(2))
+    before = torch.fft.fft2(noisy - noisy.mean()).abs().square()[..., 10:22, 10:22].mean()
+    after = torch.fft.fft2(corrupt(noisy, family, 5)).abs().square()[..., 10:22, 10:22].mean()
+    assert float(after) < 0.5 * float(before)
+
+
+def test_motion_smears_along_its_direction():
+    x = torch.zeros(3, 1, 21, 21)
+    x[:, :, 10, 10] = 1
+    z = motion(x, 6, 2.0, torch.tensor([0.0, 90.0, 45.0], dtype=torch.float64))[:, 0]
+    weights = np.exp(-(np.arange(11) ** 2) / 8.0)
+    weights /= np.exp(-(np.arange(13) ** 2) / 8.0).sum()
+    assert np.allclose(z[0, 10, :11].flip(0), weights, atol=1e-6)
+    assert np.allclose(z[1, :11, 10].flip(0), weights, atol=1e-6)
+    assert int((z[2] > 0).sum()) == int((z[2].diagonal() > 0).sum()) > 5
+    assert torch.allclose(z.sum((1, 2)), torch.ones(3), atol=1e-3)
+
+
+def test_a_zoom_enlarges_around_the_middle():
+    ramp = torch.linspace(0, 1, 33).view(1, 1, 1, 33).expand(1, 2, 9, 33)
+    z = zoomed(ramp, 2.0)
+    assert torch.allclose(z[0, 0, 0], torch.linspace(0.25, 0.75, 33), atol=1e-6)
+    assert torch.allclose(zoomed(ramp, 1.0), ramp, atol=1e-6)
+
+
+def test_glass_takes_pixels_that_are_near(pictures):
+    x = torch.arange(32 * 32.0).view(1, 1, 32, 32) / 1024
+    z = formulas.glass_blur(x, (0.0, 2), draws(1))
+    moved = ((x - z) * 1024).round().long()
+    rows, columns = (moved + 16) // 32, (moved + 16).remainder(32) - 16
+    assert int(rows.min()) == 0 and int(rows.max()) == 2 and set(columns.unique().tolist()) == {0, 1, 2}
+    assert not moved[..., :2, :2].any()
+    one = formulas.glass_blur(x, (0.0, 1), draws(1))[..., 2:, 2:]
+    share = float((one == x[..., 2:, 2:]).double().mean())
+    assert share == pytest.approx(0.25, abs=0.06)
+
+
+# -- weather -------------------------------------------------------------------------------------------------------
+
+
+def test_clouds_are_rough_by_their_decay_and_differ_between_images():
+    roughness = []
+    for decay in (1.75, 2.0, 2.5, 3.0):
+        clouds = formulas.plasma(6, 32, 32, decay, draws(6))
+        assert clouds.shape == (6, 1, 32, 32)
+        assert torch.allclose(clouds.amin((1, 2, 3)), torch.zeros(6, dtype=torch.float64))
+        assert torch.allclose(clouds.amax((1, 2, 3)), torch.ones(6, dtype=torch.float64))
+        assert not torch.allclose(clouds[0], clouds[1])
+        roughness.append(float(clouds.diff(dim=3).abs().mean() / clouds.std()))
+        assert torch.equal(clouds, formulas.plasma(6, 32, 32, decay, draws(6)))
+    assert roughness == sorted(roughness, reverse=True) and roughness[0] < 0.3
+
+
+def test_fog_is_the_formula(pictures):
+    clouds = formulas.plasma(3, 32, 32, 2.5, draws(3)).float()
+    brightest = pictures[:3].amax((1, 2, 3), keepdim=True)
+    expected = (pictures[:3] + 0.75 * clouds) * brightest / (brightest + 0.75)
+    assert torch.allclose(formulas.fog(pictures[:3], (0.75, 2.5), draws(3)), expected, atol=1e-6)
+
+
+def test_snow_and_frost_are_bright_and_frost_keeps_a_share(pictures):
+    for severity in SEVERITIES:
+        assert float(corrupt(pictures, "snow", severity).mean()) > float(pictures.mean()) + 0.02
+    black = torch.zeros(4, 3, 32, 32)
+    pattern = corrupt(black, "procedural-frost", 2) / 0.3
+    assert 0.3 < float(pattern.mean()) < 0.9 and float(pattern.std()) > 0.05
+    assert bool((pattern[:, 0] <= pattern[:, 2]).all())  # bluish
+    white = formulas.frost(torch.ones(4, 3, 32, 32), (0.75, 0.45), draws(4))
+    dark = formulas.frost(torch.zeros(4, 3, 32, 32), (0.75, 0.45), draws(4))
+    assert torch.allclose(white - dark, torch.full_like(white, 0.75), atol=1e-6)
+
+
+# -- digital -------------------------------------------------------------------------------------------------------
+
+
+def by_hsv(x, change):
+    """Change hue, saturation and value of each pixel by the standard library."""
+    pixels = x.movedim(1, -1).reshape(-1, 3).double().tolist()
+    found = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*pixel))) for pixel in pixels]
+    return torch.tensor(found).view(*x.movedim(1, -1).shape).movedim(-1, 1).to(x)
+
+
+def unit(value):
+    return min(max(value, 0.0), 1.0)
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_brightness_saturation_and_contrast(pictures, severity):
+    x = pictures[:2, :, ::4, ::4].clone()
+    x[0, :, 0, 0] = 0
+    x[0, :, 0, 1] = torch.tensor([1.0, 0, 0])
+    add = CORRUPTIONS["brightness"].levels[severity - 1]
+    assert torch.allclose(corrupt(x, "brightness", severity), by_hsv(x, lambda h, s, v: (h, s, unit(v + add))), atol=1e-5)
+    gray = x[:, :1]
+    assert torch.allclose(corrupt(gray, "brightness", severity), (gray + add).clamp(0, 1))
+    a, b = CORRUPTIONS["saturate"].levels[severity - 1]
+    expected = by_hsv(x, lambda h, s, v: (h, unit(a * s + b) if s else s, v))
+    assert torch.allclose(corrupt(x, "saturate", severity), expected, atol=1e-5)
+    share = CORRUPTIONS["contrast"].levels[severity - 1]
+    z = formulas.contrast(x, share, draws(2))
+    assert torch.allclose(z.mean((2, 3)), x.mean((2, 3)), atol=1e-6)
+    assert torch.allclose(z.std((2, 3)), share * x.std((2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_pixelate_and_jpeg_are_pillows(pictures, severity):
+    bytes_ = (pictures[:3] * 255).round().to(torch.uint8)
+    for place, picture in enumerate(bytes_.movedim(1, 3).numpy()):
+        small = int(32 * CORRUPTIONS["pixelate"].levels[severity - 1])
+        image = Image.fromarray(picture).resize((small, small), Image.Resampling.BOX)
+        expected = np.asarray(image.resize((32, 32), Image.Resampling.BOX))
+        found = corrupt(bytes_, "pixelate", severity)[place].movedim(0, 2).mul(255).numpy()
+        assert np.abs(found - expected).max() <= 1.01  # Pillow rounds to bytes twice
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=CORRUPTIONS["jpeg-compression"].levels[severity - 1])
+        with Image.open(file) as image:
+            expected = np.asarray(image)
+        found = corrupt(bytes_, "jpeg-compression", severity)[place].movedim(0, 2).mul(255).round().numpy()
+        assert np.array_equal(found, expected)
+
+
+def test_a_box_is_the_mean_where_sizes_divide():
+    x = torch.rand(1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(box_resize(x, 3, 2), torch.nn.functional.avg_pool2d(x, (2, 4)))
+    assert torch.allclose(box_resize(x, 12, 8), x.repeat_interleave(2, 2))
+
+
+def test_elastic_moves_points_by_the_affine_map(pictures):
+    still = formulas.elastic_transform(pictures[:2], (0.0, 0.0, 0.0), draws(2))
+    assert torch.allclose(still, pictures[:2], atol=1e-5)
+    # A smooth image is read where the displacement says, so its value moves by slope times displacement at the most.
+    ramp = torch.linspace(0, 1, 32).view(1, 1, 1, 32).expand(4, 1, 32, 32)
+    z = formulas.elastic_transform(ramp, (0.1, 0.03, 0.0), draws(4))
+    moved = ((z - ramp) * 31)[..., 4:-4, 4:-4]
+    assert 0.3 < float(moved.std()) and float(moved.abs().max()) <= 32 * 0.1
+    assert float(moved.mean()) == pytest.approx(0, abs=0.2)
+    affine = formulas.elastic_transform(ramp, (0.0, 0.0, 0.05), draws(4))[..., 8:-8, 8:-8]
+    assert torch.allclose(affine.diff(n=2), torch.zeros(4, 1, 16, 14), atol=1e-4)  # lines stay lines
+    assert not torch.allclose(affine[0], affine[1], atol=1e-2)
+
+
+# -- accuracy ------------------------------------------------------------------------------------------------------
+
+FEW = ("gaussian-noise", "contrast", "speckle-noise")
+
+
+def test_the_table_is_the_accuracy_on_corrupted_images(trained):
+    model, x, y = trained
+    told = []
+    table = corruption_accuracy(model, x, y, FEW, (1, 5), seed=3, progress=lambda *what: told.append(what))
+    assert table.clean == 115 and told[0] == ("clean", 120, 120) and told[-1] == ("speckle-noise 5", 120, 120)
+    for family in FEW:
+        for severity in (1, 5):
+            expected = accuracy(model, corrupt(x, family, severity, seed=3), y)
+            assert table.accuracy(family, severity) == expected
+    assert table == corruption_accuracy(model, x, y, FEW, (1, 5), 7, seed=3)
+    means = []
+    for seed in (3, 3, 4):
+        seen = []
+        corruption_accuracy(lambda z: seen.append(z) or model(z), x, y, FEW[:1], (1,), seed=seed)  # noqa: B023
+        means.append(float(seen[1].mean()))
+    assert means[0] == means[1] != means[2]
+    assert table == corruption_accuracy(lambda z: model(z), x, y, FEW, (1, 5), seed=3)
+    assert table.accuracy("contrast", 5) < 0.9
+
+
+def test_means_weigh_families_of_the_benchmark_alike():
+    counts = {"gaussian-noise": (80, 60), "fog": (40, 20), "saturate": (0, 0)}
+    table = CorruptionTable(tuple(counts), (1, 5), counts, 90, 100, "running")
+    assert table.means == {"gaussian-noise": 0.7, "fog": pytest.approx(0.3), "saturate": 0}
+    assert table.mean == pytest.approx(0.5) and table.mean_error == pytest.approx(0.5)
+    other = CorruptionTable(("fog", "gaussian-noise"), (1, 5), {"fog": (50, 50), "gaussian-noise": (70, 70)}, 90, 100, "")
+    assert table.relative_to(table) == pytest.approx(1)
+    assert table.relative_to(other) == pytest.approx((1 + 0.7 / 0.5) / 2)
+    extra = CorruptionTable(("saturate",), (1, 5), {"saturate": (50, 30)}, 90, 100, "running")
+    assert extra.mean == pytest.approx(0.4)
+    rows = table.rows()
+    assert len(rows) == 7 and rows[0]["family"] == "clean" and rows[0]["accuracy"] == 0.9
+    assert (rows[1]["severity"], rows[1]["count"]) == (1, 80) and (rows[1]["low"], rows[1]["high"]) == interval(80, 100)
+    for words, call in (
+        ("family of this table 'fogg'; nearest: fog", lambda: table.accuracy("fogg", 1)),
+        ("measured: 1, 5", lambda: table.accuracy("fog", 2)),
+        ("share no family", lambda: table.relative_to(extra)),
+        ("different severities", lambda: table.relative_to(CorruptionTable(("fog",), (1,), {"fog": (1,)}, 1, 2, ""))),
+        ("no error", lambda: other.relative_to(CorruptionTable(("fog",), (1, 5), {"fog": (9, 9)}, 9, 9, ""))),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+
+
+def test_statistics_of_the_batch_adapt_to_a_corruption(trained, bits):
+    model, x, y = copy.deepcopy(trained[0]).train(), *trained[1:]
+    model.body[1].running_mean += 0.5  # statistics that do not fit
+    before = bits(model)
+    running, batch = (corruption_accuracy(model, x, y, ["contrast"], (5,), by=by) for by in ("running", "batch"))
+    assert batch.accuracy("contrast", 5) > running.accuracy("contrast", 5) + 0.1
+    assert model.training and bits(model) == before
+    assert batch.by == "batch" and batch.rows()[0]["by"] == "batch"
+
+
+def test_all_families_that_the_channels_allow_by_default(trained):
+    model, x, y = trained
+    table = corruption_accuracy(model, x[:20], y[:20], severities=(2,))
+    assert set(CORRUPTIONS) - set(table.families) == {"saturate"}
+    axes = table.plot()
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(table.families)
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == [f"{100 * table.accuracy(family, 2):.1f}" for family in table.families]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m, x, y: corrupt(x, "gaussian-noize", 1), "nearest: gaussian-noise"),
+        (lambda m, x, y: corrupt(x, "fog", 0), "severity: 0 is not allowed; allowed: 1 to 5"),
+        (lambda m, x, y: corrupt(x, "fog", True), "severity"),
+        (lambda m, x, y: corrupt(x.float(), "fog", 1), "inside the model"),
+        (lambda m, x, y: corrupt(x[0], "fog", 1), "takes images"),
+        (lambda m, x, y: corrupt(x.repeat(1, 2, 1, 1), "jpeg-compression", 1), "2 channels; allowed: 1 or 3"),
+        (lambda m, x, y: corruption_accuracy(m, x, y, ["fogs"]), "nearest: fog"),
+        (lambda m, x, y: corruption_accuracy(m, x, y, ["fog"], (6,)), "severity: 6"),
+        (lambda m, x, y: corruption_accuracy(m, x, y, ["fog"], by="branch"), "statistics to normalize by"),
+        (lambda m, x, y: corruption_accuracy(m, x, y, ["fog"], batch_size=0), "batch_size"),
+        (lambda m, x, y: corruption_accuracy(m, x, y[:2], ["fog"]), "one integer label"),
+    ],
+)
+def test_mistakes_are_named(trained, call, words):
+    with pytest.raises(UserError, match=words):
+        call(*trained)
+
+
+def test_streams_are_those_of_the_place_in_the_data_set():
+    x = torch.full((2, 1, 4, 4), 0.5)
+    noise = torch.randn(1, 4, 4, generator=stream(7, "corruption", "gaussian-noise", 11))
+    assert torch.allclose(corrupt(x, "gaussian-noise", 3, seed=7, first=10)[1], (x[1] + 0.08 * noise).clamp(0, 1))
