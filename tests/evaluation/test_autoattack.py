@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustlayers.attacks import FAB, L1, L2, Linf, PGD
+from robustlayers.attacks import FAB, L1, L2, PGD, Linf
 from robustlayers.core.errors import UserError
 from robustlayers.evaluation.autoattack import HINT, autoattack, autoattack_label, standard
 from robustlayers.evaluation.cascade import cascade

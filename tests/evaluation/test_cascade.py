@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustlayers.attacks import APGD, L2, PGD, FGSM, Linf, Square, is_correct
+from robustlayers.attacks import APGD, FGSM, L2, PGD, Linf, Square, is_correct
 from robustlayers.core.errors import UserError
 from robustlayers.evaluation.cascade import Moment, Outcome, cascade
 

@@ -261,7 +261,9 @@ def test_brightness_saturation_and_contrast(pictures, severity):
     x[0, :, 0, 0] = 0
     x[0, :, 0, 1] = torch.tensor([1.0, 0, 0])
     add = CORRUPTIONS["brightness"].levels[severity - 1]
-    assert torch.allclose(corrupt(x, "brightness", severity), by_hsv(x, lambda h, s, v: (h, s, unit(v + add))), atol=1e-5)
+    assert torch.allclose(
+        corrupt(x, "brightness", severity), by_hsv(x, lambda h, s, v: (h, s, unit(v + add))), atol=1e-5
+    )
     gray = x[:, :1]
     assert torch.allclose(corrupt(gray, "brightness", severity), (gray + add).clamp(0, 1))
     a, b = CORRUPTIONS["saturate"].levels[severity - 1]
@@ -303,7 +305,7 @@ def test_elastic_moves_points_by_the_affine_map(pictures):
     ramp = torch.linspace(0, 1, 32).view(1, 1, 1, 32).expand(4, 1, 32, 32)
     z = formulas.elastic_transform(ramp, (0.1, 0.03, 0.0), draws(4))
     moved = ((z - ramp) * 31)[..., 4:-4, 4:-4]
-    assert 0.3 < float(moved.std()) and float(moved.abs().max()) <= 32 * 0.1
+    assert float(moved.std()) > 0.3 and float(moved.abs().max()) <= 32 * 0.1
     assert float(moved.mean()) == pytest.approx(0, abs=0.2)
     affine = formulas.elastic_transform(ramp, (0.0, 0.0, 0.05), draws(4))[..., 8:-8, 8:-8]
     assert torch.allclose(affine.diff(n=2), torch.zeros(4, 1, 16, 14), atol=1e-4)  # lines stay lines
@@ -332,7 +334,7 @@ def test_the_table_is_the_accuracy_on_corrupted_images(trained):
         means.append(float(seen[1].mean()))
     assert means[0] == means[1] != means[2]
     assert table == corruption_accuracy(lambda z: model(z), x, y, FEW, (1, 5), seed=3)
-    assert table.accuracy("contrast", 5) < 0.9
+    assert table.accuracy("contrast", 5) < table.clean / 120
 
 
 def test_means_weigh_families_of_the_benchmark_alike():
@@ -340,7 +342,9 @@ def test_means_weigh_families_of_the_benchmark_alike():
     table = CorruptionTable(tuple(counts), (1, 5), counts, 90, 100, "running")
     assert table.means == {"gaussian-noise": 0.7, "fog": pytest.approx(0.3), "saturate": 0}
     assert table.mean == pytest.approx(0.5) and table.mean_error == pytest.approx(0.5)
-    other = CorruptionTable(("fog", "gaussian-noise"), (1, 5), {"fog": (50, 50), "gaussian-noise": (70, 70)}, 90, 100, "")
+    other = CorruptionTable(
+        ("fog", "gaussian-noise"), (1, 5), {"fog": (50, 50), "gaussian-noise": (70, 70)}, 90, 100, ""
+    )
     assert table.relative_to(table) == pytest.approx(1)
     assert table.relative_to(other) == pytest.approx((1 + 0.7 / 0.5) / 2)
     extra = CorruptionTable(("saturate",), (1, 5), {"saturate": (50, 30)}, 90, 100, "running")

@@ -190,9 +190,7 @@ def test_steps_and_eps_that_do_not_lower_accuracy():
     assert more_steps([1, 2, 4], [90, 50, 53], 100) == ["more steps: 50 of 100 images right after 2 steps, 53 after 4"]
     assert more_steps([1, 4], [90, 90], 100) == ["more steps: 90 of 100 images right after 1 step, 90 after 4"]
     assert larger_eps([0, 0.1, 0.2], [90, 80, 0], 100) == []
-    assert larger_eps([0, 8 / 255], [90, 90], 100) == [
-        "larger eps: 90 of 100 images right at eps 0, 90 at 8/255"
-    ]
+    assert larger_eps([0, 8 / 255], [90, 90], 100) == ["larger eps: 90 of 100 images right at eps 0, 90 at 8/255"]
     assert names(larger_eps([0, 0.1, 0.2], [90, 20, 23], 100)) == ["larger eps"]
     assert huge_eps(0.5, 2, 100) == [] and names(huge_eps(0.5, 3, 100)) == ["huge eps"]
     for places, counts in (([1, 2], [1]), ([2, 1], [1, 1]), ([], []), ([1], [101]), ([1], [-1])):

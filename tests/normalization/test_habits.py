@@ -11,11 +11,13 @@ from torch.nn import functional
 from robustlayers.attacks import PGD, Linf
 from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream
+from robustlayers.data import Images
 from robustlayers.normalization import HABITS, NormPolicy, Switch, habit, habits
+from robustlayers.normalization.layers import RandomNorm
 from robustlayers.selection import Partition
 from robustlayers.study.phases import build_policy
 from robustlayers.study.schema import NormalizationConfig
-from robustlayers.training import PartialStep
+from robustlayers.training import PartialStep, PhaseTrainer
 
 PGD_10 = PGD(Linf(0.1), steps=10, keep="last")
 ADVERSARIAL, BOTH, NATURAL = "adversarial", {"natural": 0.5, "adversarial": 0.5}, "natural"
@@ -184,6 +186,40 @@ def test_gradients_alone_move_statistics_as_often_as_a_step(name):
     found = step_of(model, BOTH, name).gradients(*data())
     assert {int(t) for key, t in model.state_dict().items() if "tracked" in key} == {UPDATES[name][1]}
     assert found.log.forward_passes == step_of(make(), BOTH, name).passes_per_batch()[0]
+
+
+RANDOM = NormPolicy(layers={"'1'": {"adversarial": Switch("mixture", alpha=0.5)}})
+
+
+@pytest.mark.parametrize("policy", ["rice", "trades", "clean-statistics", RANDOM, "moving"])
+def test_a_phase_that_is_resumed_goes_on_as_one_that_never_stopped(policy):
+    """Statistics of the phase's start, draws of norm layers and added passes included."""
+    pixels = torch.randint(0, 256, (21, 1, 8, 8), generator=stream(0, "pixels"), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(21) % 5)
+    chosen = habit(policy) if isinstance(policy, str) and policy != "moving" else policy
+    if policy == "moving":
+        chosen = NormPolicy(craft=Switch("frozen", False), clean=Switch("frozen"), adversarial=Switch("frozen"))
+
+    def trainer():
+        model = make().float()
+        model[5] = RandomNorm(nn.BatchNorm1d(5), kinds=("batch", "layer"))
+        attack = PGD(Linf(0.1), steps=2, keep="last")
+        return PhaseTrainer(
+            model, {"all": "all"}, {"all": BOTH}, images, epochs=2, attack=attack, batch_size=8, policy=chosen
+        )
+
+    whole = trainer()
+    whole.train_epoch()
+    whole.run(1)
+    state = {name: tensor.clone() for name, tensor in whole.state().items()}
+    whole.run()
+    resumed = trainer()
+    resumed.load_state(state)
+    resumed.run()
+    for (key, one), two in zip(whole.state().items(), resumed.state().values(), strict=True):
+        assert torch.equal(one, two), key
+    forward, backward = whole.passes()
+    assert forward == whole.step.passes_per_batch()[0] * 42 and backward == whole.step.passes_per_batch()[1] * 42
 
 
 # -- in a study ----------------------------------------------------------------------------------------------------

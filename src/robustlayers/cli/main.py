@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from robustlayers.cli import data, evaluate, groups, plan, presets, report, rows, run, verify
+from robustlayers.cli import analyse, data, evaluate, groups, plan, presets, report, rows, run, verify
 
 __all__ = ["main"]
 
@@ -23,6 +23,7 @@ _COMMANDS: dict[str, Any] = {
     "plan": plan.plan,
     "run": run.run,
     "evaluate": evaluate.evaluate,
+    "analyse": analyse.analyse,
     "groups": groups.groups,
     "presets": presets.presets,
     "report": report.report,
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["analyze"]:  # as it is spelled in America
+        arguments[0] = "analyse"
     if arguments in (["--version"], ["-V"]):
         from importlib.metadata import version
 

@@ -23,7 +23,7 @@ from robustlayers.normalization.fold import crafting_forward
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["CrossTable", "View", "check_batch_size", "cross", "slices"]
+__all__ = ["CrossTable", "View", "check_batch_size", "cross", "described", "slices"]
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,12 @@ def cross(
                 counts[crafted][measured] += int(standing.sum())
             if progress is not None:
                 progress(crafted, batch.stop, len(x))
-    describe = getattr(attack, "describe", None)
-    return CrossTable(names, clean, counts, len(x), describe() if callable(describe) else label(attack))
+    return CrossTable(names, clean, counts, len(x), described(attack))
+
+
+def described(attack: Attack) -> str:
+    """Return one line about an attack; a foreign one may have a label only."""
+    return str(attack.describe()) if hasattr(attack, "describe") else label(attack)  # pyright: ignore
 
 
 def slices(n: int, batch_size: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustlayers.attacks import Attack, is_own, label
 from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream
-from robustlayers.evaluation._cross import check_batch_size, slices
+from robustlayers.evaluation._cross import check_batch_size, described, slices
 from robustlayers.evaluation._drawing import GRAY, SERIES, axes_or_new
 from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still, untouched
 from robustlayers.evaluation.accuracy import Progress, _check
@@ -166,7 +166,6 @@ def calibration(
     confidences, predictions = probabilities.max(1)
     right = predictions == labels
     truth = nn.functional.one_hot(labels, logs.shape[1])
-    describe = getattr(attack, "describe", None)
     return Calibration(
         bins=reliability(confidences.clamp_max(1), right, bins),
         ece=expected_calibration_error(confidences.clamp_max(1), right, bins),
@@ -176,7 +175,7 @@ def calibration(
         nll=float(-logs.gather(1, labels[:, None]).mean()),
         brier=float((probabilities - truth).square().sum(1).mean()),
         total=len(labels),
-        attack="" if attack is None else describe() if callable(describe) else label(attack),
+        attack="" if attack is None else described(attack),
     )
 
 

@@ -159,7 +159,7 @@ def fog(x: Tensor, level: tuple[float, float], draws: Draws) -> Tensor:
     """(x + amount plasma) m / (m + amount), m the image's brightest value: (amount, decay of the plasma)."""
     amount, decay = level
     brightest = x.amax((1, 2, 3), keepdim=True)
-    clouds = plasma(len(x), *x.shape[2:], decay, draws).to(x)
+    clouds = plasma(len(x), x.shape[2], x.shape[3], decay, draws).to(x)
     return (x + amount * clouds) * brightest / (brightest + amount)
 
 
@@ -170,7 +170,7 @@ def frost(x: Tensor, level: tuple[float, float], draws: Draws) -> Tensor:
     procedural and its numbers are not comparable with the benchmark's.
     """
     keep, amount = level
-    clouds = [plasma(len(x), *x.shape[2:], 1.8, draws).to(x) for _ in range(2)]
+    clouds = [plasma(len(x), x.shape[2], x.shape[3], 1.8, draws).to(x) for _ in range(2)]
     veins = torch.stack([(1 - (2 * cloud - 1).abs()) ** 3 for cloud in clouds]).amax(0)
     pattern = 0.35 + 0.65 * veins
     tint = x.new_tensor([0.86, 0.93, 1.0] if x.shape[1] == 3 else [0.93]).view(1, -1, 1, 1)

@@ -181,7 +181,9 @@ def sanity(
         device = device_of(model, x)
         with still(model, device):
             # As a function: the flags are about the gradient of the model itself, not of a folded equivalent.
-            return worst_case(lambda z: model(z.to(device)), x.to(device), y, attacks, batch_size, seed=seed, progress=progress)
+            return worst_case(
+                lambda z: model(z.to(device)), x.to(device), y, attacks, batch_size, seed=seed, progress=progress
+            )
 
     if any(text.startswith("no gradient") for text in found):
         verdicts = run(square)
@@ -206,7 +208,13 @@ def sanity(
     counts = _counts(verdicts, ["clean", *white, *square])
     right = counts["clean"]
     falls = [int(verdicts[names[eps]].sum()) for eps in grid]
-    by_eps = Curve("eps", (0.0, *grid), (right, *falls), len(x), f"pgd-{steps}, {threat.norm}, best iterate, {2 * steps} steps at the last")
+    by_eps = Curve(
+        "eps",
+        (0.0, *grid),
+        (right, *falls),
+        len(x),
+        f"pgd-{steps}, {threat.norm}, best iterate, {2 * steps} steps at the last",
+    )
 
     inside = [(eps, fall) for eps, fall in zip(grid, falls, strict=True) if eps >= threat.eps]
     chosen = next((eps for eps, fall in inside if fall <= 0.9 * right), inside[-1][0])

@@ -68,6 +68,7 @@ class MLP(Network):
     ) -> None:
         super().__init__()
         self.size = size
+        self.example_input_array = torch.zeros(2, channels, size, size)  # what a forward can be tried with
         self.normalize = Normalize(mean, std)
         self.stem = _Block(channels * size * size, width, norm=norm)
         self.layer1 = nn.Sequential(*(_Block(width, width, norm=norm) for _ in range(hidden - 1)))

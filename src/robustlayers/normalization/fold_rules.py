@@ -180,9 +180,15 @@ def _random_states_kept() -> Iterator[list[bool]]:
         if random.getstate() != of_python:
             random.setstate(of_python)
             drew.append(True)
-        if numpy is not None and str(numpy.random.get_state(legacy=False)) != str(of_numpy):
+        if numpy is not None and not _same_draws(numpy.random.get_state(legacy=False), of_numpy):
             numpy.random.set_state(of_numpy)
             drew.append(True)
+
+
+def _same_draws(now: Any, was: Any) -> bool:
+    if isinstance(now, dict):
+        return now.keys() == was.keys() and all(_same_draws(now[key], was[key]) for key in now)
+    return now.tobytes() == was.tobytes() if hasattr(now, "tobytes") else now == was
 
 
 def _any_layout(trace: _Trace) -> bool:

@@ -44,8 +44,9 @@ HABITS: dict[str, NormPolicy] = {
         log=_TRAINS,
         name="rice",
     ),
-    # Zhang et al. 2019 (arXiv 1901.08573), trades.py: crafted in evaluation mode; then in train mode forwards of the clean,
-    # the adversarial and once more the clean images, for the two places of the loss that need the latter.
+    # Zhang et al. 2019 (arXiv 1901.08573), trades.py: crafted in evaluation mode (a version of the file without `eval()` is
+    # about, too); then in train mode forwards of the clean, the adversarial and once more the clean images, for the two
+    # places of the loss that need the latter.
     "trades": NormPolicy(clean=_TRAINS, adversarial=_TRAINS, again=_TRAINS, name="trades"),
     # Wang et al. 2020 (MART), mart.py: crafted in evaluation mode; then in train mode the clean and the adversarial images.
     "mart": NormPolicy(clean=_TRAINS, adversarial=_TRAINS, name="mart"),

@@ -17,7 +17,7 @@ from robustlayers.selection import Inventory, resolve
 from robustlayers.selection.layout import layout_of
 from robustlayers.study.semantics import NamedAttack
 
-__all__ = ["Found", "Look", "Number", "decoded", "encoded", "layers_from", "layers_of_rows", "number", "parts_of", "tidy"]
+__all__ = ["Found", "Look", "Number", "decoded", "encoded", "layers_from", "layers_of_rows", "number", "parts_of", "picks", "tidy"]
 
 Number = Mapping[str, Any]
 """A headline number: `label`, `value` (None where it does not exist), `unit`: "%" or "points" of a share, "nats", "", "name"."""
@@ -108,14 +108,17 @@ def parts_of(model: nn.Module, select: str | None, usual: str = "") -> dict[str,
     except UserError:
         return "conv | linear | norm"
     named = {"stem": "stem"} | {f"stage {k}": f"stage({k})" for k in range(1, len(layout.stages) + 1)} | {"head": "head"}
-    found = {}
-    for name, selector in named.items():
-        try:
-            resolve(inventory, selector)
-        except UserError:  # a net without a stem
-            continue
-        found[name] = selector
+    found = {name: selector for name, selector in named.items() if picks(model, selector)}  # some have no stem
     return found if len(found) > 1 else "conv | linear | norm"
+
+
+def picks(model: nn.Module, selector: str) -> bool:
+    """Tell whether a selector picks any tensor of a model."""
+    try:
+        resolve(Inventory(model), selector)
+    except UserError:
+        return False
+    return True
 
 
 def tidy(part: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 from robustlayers.core.device import machine, versions
 from robustlayers.core.errors import Fault, UserError
 from robustlayers.core.files import read_json, read_tensors
+from robustlayers.study.analyzed import collect_analyses
 from robustlayers.study.claims import judge
 from robustlayers.study.claims import parse as parse_claim
 from robustlayers.study.definition import FACTS
@@ -86,6 +87,7 @@ def collect(store: Store) -> Summary:
         recipe_yaml=plan["recipe_yaml"],
         notes=_notes(plan, arms, rows),
         pictures=_pictures(store, plan, arms),
+        analyses=collect_analyses(store, plan),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Arm", "ClaimResult", "CurvePoint", "GroupLine", "LedgerLine", "PhaseLine", "Pictures", "Row", "Summary"]
+__all__ = ["Analyzed", "Arm", "ClaimResult", "CurvePoint", "GroupLine", "LedgerLine", "PhaseLine", "Pictures", "Row", "Summary"]
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,26 @@ class Pictures:
 
 
 @dataclass(frozen=True)
+class Analyzed:
+    """What one analysis found in the net of one arm, or against that of another; see `study.analyses`."""
+
+    analysis: str
+    identity: str
+    arm: str
+    against: str  # the other arm, "" where there is none
+    seed: int
+    checkpoint: str
+    epoch: int
+    images: int | None  # held-out images that were looked at, None where none was
+    attack: str
+    select: str  # the selector of layers or groups, "" for the usual ones
+    numbers: Sequence[Mapping[str, object]]  # label, value, unit
+    payload: Mapping[str, object]  # what its figures are drawn from
+    rows: Sequence[Mapping[str, object]]
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Summary:
     """A whole study: question, setting, arms, claims."""
 
@@ -184,3 +204,4 @@ class Summary:
     recipe_yaml: str  # the study file as resolved
     notes: Sequence[str] = field(default_factory=tuple)  # threats to validity, data remarks, seeds that are missing
     pictures: Pictures | None = None
+    analyses: Sequence[Analyzed] = field(default_factory=tuple)

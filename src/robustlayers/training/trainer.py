@@ -186,7 +186,7 @@ class PhaseTrainer:
         last = min(self.batches, self.steps - self.done * self.batches)
         stop = last if steps is None else min(last, self.within + steps)
         began = time.perf_counter()
-        if not self.within:
+        if not self.within and stop:
             self._measure_rates(epoch)
         previous: tuple[int, StepLog] | None = None
         for x, y in self._batches(epoch, self.within, stop):

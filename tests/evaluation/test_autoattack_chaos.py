@@ -1,0 +1,110 @@
+"""An evaluation that is killed at random moments and repeated ends like one that was left alone, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from robustlayers.core.files import read_json, read_tensors
+
+pytestmark = [
+    pytest.mark.skipif(os.name != "posix", reason="kills processes"),
+    pytest.mark.timeout(600),  # on a machine that is busy otherwise
+]
+
+# A linear model, so that a process takes little time beside its imports. It says when it has begun, and writes the outcome.
+SCRIPT = """\
+import sys
+from pathlib import Path
+
+import torch
+
+from robustlayers.attacks import Linf
+from robustlayers.core.files import write_json, write_tensors
+from robustlayers.evaluation.autoattack import autoattack
+
+torch.set_num_threads(1)
+draw = torch.Generator().manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=draw))
+x = torch.rand(96, 3, 4, 4, generator=draw)
+with torch.no_grad():
+    y = model(x).argmax(1)
+folder = Path(sys.argv[1])
+print("begun", flush=True)
+found = autoattack(
+    model, x, y, threat=Linf(0.05), directory=folder, steps=12, targets=4, queries=200, batch_size=4,
+    progress=lambda moment: print(moment.attack, moment.done, flush=True),
+)
+write_json(folder / "outcome.json", [list(found.broken_by), found.label, [vars(t) | {"seconds": 0} for t in found.table]])
+write_tensors(folder / "outcome.safetensors", {"x_adv": found.x_adv, "robust": found.robust, "clean": found.clean})
+"""
+
+
+class _Run:
+    """The script in a process of its own; what it prints goes to a file."""
+
+    def __init__(self, folder: Path, script: Path) -> None:
+        self.out, self.err = (script.with_name(f"{kind}-{time.monotonic_ns()}.txt") for kind in ("out", "err"))
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, str(script), str(folder)]
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+
+    def wait_for(self, lines: int) -> None:
+        """Wait until it has printed so many lines, or has ended."""
+        ends = time.monotonic() + 120
+        while self.out.read_bytes().count(b"\n") < lines and self.process.poll() is None:
+            assert time.monotonic() < ends, f"no line within two minutes: {self.err.read_text()}"
+            time.sleep(0.002)
+
+    def end(self) -> int:
+        return self.process.wait(300)
+
+
+def _outcome(folder: Path) -> tuple[object, dict[str, bytes]]:
+    tensors = read_tensors(folder / "outcome.safetensors")
+    return read_json(folder / "outcome.json"), {name: value.numpy().tobytes() for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path, kills: int) -> None:
+    script, moments = tmp_path / "script.py", random.Random(kills)
+    script.write_text(SCRIPT)
+    whole = _Run(tmp_path / "whole", script)
+    whole.wait_for(2)
+    began = time.monotonic()
+    assert whole.end() == 0, whole.err.read_text()
+    pace = time.monotonic() - began  # of this machine, for all of it
+    lines = whole.out.read_text().splitlines()
+    assert len(lines) > 30, "too few shards for kills to fall between them"
+
+    folder, kept = tmp_path / "killed", 0
+    for number in range(kills):
+        run = _Run(folder, script)
+        # Mostly a short while after it has begun, so that there is something left for the next one.
+        run.wait_for(1 if number % 4 else 0)
+        time.sleep(moments.uniform(0, 1.2 * pace / kills) if number % 4 else moments.uniform(0, 0.1))
+        ended = run.process.poll()
+        assert ended is None, f"it ended before it could be killed: {ended}, {run.err.read_text()!r}"
+        run.process.send_signal(signal.SIGKILL)
+        assert run.end() == -signal.SIGKILL and run.err.read_text() == ""
+        shards = len(list(folder.glob("0*/[0-9]*.safetensors")))
+        assert shards >= kept, "a shard was lost"
+        kept = shards
+    last = _Run(folder, script)
+    assert last.end() == 0, last.err.read_text()
+    assert 0 < kept and len(last.out.read_text().splitlines()) < len(lines), "nothing had been kept"
+    assert _outcome(folder) == _outcome(tmp_path / "whole")
+    assert not list(folder.rglob(".tmp-*")) and not list(folder.rglob("*.damaged"))
+    assert 0 < int(torch.frombuffer(bytearray(_outcome(folder)[1]["robust"]), dtype=torch.bool).sum()) < 96
