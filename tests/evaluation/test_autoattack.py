@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from robustlayers.core.errors import UserError
 from robustlayers.evaluation.autoattack import HINT, autoattack, autoattack_label, standard
 from robustlayers.evaluation.cascade import cascade
 
-QUICK = {"steps": 8, "targets": 2, "queries": 60}
+QUICK: dict[str, Any] = {"steps": 8, "targets": 2, "queries": 60}
 installed = importlib.util.find_spec("pyautoattack") is not None
 
 

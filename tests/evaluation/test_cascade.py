@@ -153,7 +153,7 @@ def test_a_random_model_is_noticed_when_it_is_judged_again():
 
 
 class _Leaves(PGD):
-    def __call__(self, forward, x, y, *, generator=None):
+    def __call__(self, forward, x, y, *, generator=None):  # pyright: ignore
         return x + 1
 
 
@@ -168,7 +168,7 @@ def test_mistakes(trained, monkeypatch, tmp_path: Path):
             cascade(model, x, y, attacks)
     for size in (0, True, 1.5):
         with pytest.raises(UserError, match="batch_size"):
-            cascade(model, x, y, ATTACKS, batch_size=size)
+            cascade(model, x, y, ATTACKS, batch_size=size)  # pyright: ignore
     with pytest.raises(UserError, match="no image"):
         cascade(model, x[:0], y[:0], ATTACKS)
     monkeypatch.setattr(FGSM, "__call__", _Leaves.__call__)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["analyse"]
 
-_FIRST_SECONDS, _LINE_SECONDS = 5.0, 20.0  # until the first line of progress of a job where there is no terminal, and on
+_FIRST_SECONDS, _LINE_SECONDS = (
+    5.0,
+    20.0,
+)  # until the first line of progress of a job where there is no terminal, and on
 
 
 def analyse(
@@ -39,15 +42,21 @@ def analyse(
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(help="only this arm; several times; all unless given")
     ] = (),
     against: Annotated[
-        str | None, tyro.conf.arg(metavar="ARM", help="compare each arm with this one too: cka, transplant, interpolation")
+        str | None,
+        tyro.conf.arg(metavar="ARM", help="compare each arm with this one too: cka, transplant, interpolation"),
     ] = None,
     seeds: Annotated[str | None, tyro.conf.arg(metavar="SEED,...", help="or all; the first one unless given")] = None,
-    images: Annotated[int, tyro.conf.arg(help="how many validation images to look at, or all where there are fewer")] = 500,
+    images: Annotated[
+        int, tyro.conf.arg(help="how many validation images to look at, or all where there are fewer")
+    ] = 500,
     select: Annotated[
-        str | None, tyro.conf.arg(metavar="SELECTOR", help="of layers or groups, module by module, as in 'norm & stage(2)'")
+        str | None,
+        tyro.conf.arg(metavar="SELECTOR", help="of layers or groups, module by module, as in 'norm & stage(2)'"),
     ] = None,
     checkpoint: Annotated[str, tyro.conf.arg(help="best or last")] = "best",
-    attack: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="as pgd-20; the study's monitor unless given")] = None,
+    attack: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help="as pgd-20; the study's monitor unless given")
+    ] = None,
     trust: Trust = False,
     device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     threads: Annotated[int | None, tyro.conf.arg(help="torch threads")] = None,
@@ -98,7 +107,13 @@ def analyse(
     for store, one in zip(stores, planned, strict=True):
         wanted = {job.identity for job in (*one.left, *one.done)}
         summary = collect(store)
-        _show([(folder, record) for folder, record in kept_analyses(store, read_json(store.plan)) if folder.name in wanted])
+        _show(
+            [
+                (folder, record)
+                for folder, record in kept_analyses(store, read_json(store.plan))
+                if folder.name in wanted
+            ]
+        )
         print(f"report: {write(summary, store.report)}#inside")
     return 0
 
@@ -114,7 +129,9 @@ def _seeds(text: str | None, store: Any) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(Fault(f"{text!r} is not allowed; allowed: all, or numbers as in 0,1,2", path="--seeds")) from None
+        raise UserError(
+            Fault(f"{text!r} is not allowed; allowed: all, or numbers as in 0,1,2", path="--seeds")
+        ) from None
 
 
 def _show(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:

@@ -174,7 +174,7 @@ def _updates(node: PhaseNode, policy: NormPolicy) -> str:
         attack=input_attack(recipe, phase),
         optimizer=None,
         policy=policy,
-        ascent=build_ascent(phase.ascent),
+        ascent=build_ascent(recipe, phase),
     )
     counts = Counter(step.statistics_updates().values())
     if len(counts) < 2:

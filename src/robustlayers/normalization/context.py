@@ -131,6 +131,7 @@ def normalization(
     Raises `UserError` for a selector that picks no norm layer, a branch or condition that none has, and a setting that a
     layer cannot follow.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.BatchNorm1d(1)).eval()
     >>> x = torch.tensor([[1.0], [3.0]])
     >>> with normalization(net, by="batch"):

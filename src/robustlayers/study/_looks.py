@@ -17,7 +17,19 @@ from robustlayers.selection import Inventory, resolve
 from robustlayers.selection.layout import layout_of
 from robustlayers.study.semantics import NamedAttack
 
-__all__ = ["Found", "Look", "Number", "decoded", "encoded", "layers_from", "layers_of_rows", "number", "parts_of", "picks", "tidy"]
+__all__ = [
+    "Found",
+    "Look",
+    "Number",
+    "decoded",
+    "encoded",
+    "layers_from",
+    "layers_of_rows",
+    "number",
+    "parts_of",
+    "picks",
+    "tidy",
+]
 
 Number = Mapping[str, Any]
 """A headline number: `label`, `value` (None where it does not exist), `unit`: "%" or "points" of a share, "nats", "", "name"."""
@@ -107,7 +119,9 @@ def parts_of(model: nn.Module, select: str | None, usual: str = "") -> dict[str,
         layout = layout_of(inventory)
     except UserError:
         return "conv | linear | norm"
-    named = {"stem": "stem"} | {f"stage {k}": f"stage({k})" for k in range(1, len(layout.stages) + 1)} | {"head": "head"}
+    named = (
+        {"stem": "stem"} | {f"stage {k}": f"stage({k})" for k in range(1, len(layout.stages) + 1)} | {"head": "head"}
+    )
     found = {name: selector for name, selector in named.items() if picks(model, selector)}  # some have no stem
     return found if len(found) > 1 else "conv | linear | norm"
 

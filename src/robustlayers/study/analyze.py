@@ -364,7 +364,9 @@ def _look(job: Job, device: torch.device | None, part: Any) -> Look:
 
     def random() -> Mapping[str, Any]:
         seed = stream_seed(subject.seed, "analysis", "random")
-        return fresh_state(build_model(recipe.model, dataset, subject.seed), seed, lambda s: build_model(recipe.model, dataset, s))
+        return fresh_state(
+            build_model(recipe.model, dataset, subject.seed), seed, lambda s: build_model(recipe.model, dataset, s)
+        )
 
     sources: dict[str, Callable[[], Mapping[str, Any]]] = {"initial": partial(drawn, subject.seed), "random": random}
     sources |= {name: partial(read_tensors, path) for name, (path, _) in subject.earlier().items()}
@@ -385,4 +387,3 @@ def _look(job: Job, device: torch.device | None, part: Any) -> Look:
         phase=list(subject.folders)[-1],
         **({} if part is None else {"part": part}),
     )
-

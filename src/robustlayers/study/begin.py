@@ -195,4 +195,4 @@ def start_text(start: str | StartConfig) -> str:
         text += f", phase {start.phase}" if start.phase else ""
     else:
         text = f"from {best}{start.phase}"
-    return text if start.mix == 1 else f"{start.mix:g} of {text}"
+    return text if start.mix == 1 else f"{1 - start.mix:g} own + {start.mix:g} {text}"

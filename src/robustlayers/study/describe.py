@@ -133,7 +133,7 @@ def _phase(model: Any, node: PhaseNode) -> dict[str, Any]:
         "length": f"{phase.steps} steps" if phase.steps is not None else f"{node.epochs}",
         "attack": "" if attack is None else attack.describe(),
         "optimizer": _optimizer(phase),
-        "extras": _extras(phase),
+        "extras": _extras(recipe, phase),
         "normalization": str(build_policy(phase.normalization)) if phase.kind == "train" else "",
         "forward_passes": node.forward_passes,
         "backward_passes": node.backward_passes,
@@ -162,15 +162,15 @@ def _optimizer(phase: PhaseConfig) -> str:
     return f"{settings}, {schedule.name} schedule, batch {phase.batch_size}"
 
 
-def _extras(phase: PhaseConfig) -> list[str]:
+def _extras(recipe: Recipe, phase: PhaseConfig) -> list[str]:
     """Return what a phase does beyond the ordinary, each in words."""
     if phase.kind != "train":
         return []
     extras = [f"{group} learns from {begin:g} to {end:g} of the phase" for group, (begin, end) in phase.windows.items()]
     perturbation, ascent, average = (
         build_perturbation(phase.perturbation),
-        build_ascent(phase.ascent),
-        build_average(phase.average),
+        build_ascent(recipe, phase),
+        build_average(recipe, phase),
     )
     if perturbation.name != "constant":
         extras.append(f"eps: {perturbation}")

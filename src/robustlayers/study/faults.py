@@ -48,6 +48,7 @@ class _Collect:
             return False
         for fault in error.faults:
             message, path = fault.message, (*self.path, *((fault.path,) if fault.path else ()))
+            message = message.removeprefix(f"{path[-1]}: ")  # which the path says already
             option, colon, rest = message.partition(": ")
             if colon and option in self.options:
                 message, path = rest, (*path, option)

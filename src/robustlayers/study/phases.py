@@ -55,6 +55,7 @@ __all__ = [
     "phase_groups",
     "phase_partition",
     "training_attack",
+    "with_group",
 ]
 
 Made = TypeVar("Made")
@@ -148,8 +149,16 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
     )
 
 
-def build_ascent(value: str | Mapping[str, Any] | None) -> Ascent | None:
+def with_group(value: str | Mapping[str, Any] | None, groups: Mapping[str, str]) -> str | Mapping[str, Any] | None:
+    """Return settings whose `select` is a selector where it was a name from `groups`."""
+    if isinstance(value, Mapping) and isinstance(value.get("select"), str):
+        return {**value, "select": groups.get(value["select"], value["select"])}
+    return value
+
+
+def build_ascent(recipe: Recipe, phase: PhaseConfig) -> Ascent | None:
     """Return the ascent of a phase with every default filled in."""
+    value = with_group(phase.ascent, recipe.groups)
     return None if value is None else parse_ascent(value).resolved()
 
 
@@ -161,8 +170,9 @@ def build_perturbation(value: str | Mapping[str, Any] | None) -> Perturbation:
     return Perturbation() if value is None else _settings(Perturbation, value, "perturbation schedule")
 
 
-def build_average(value: str | Mapping[str, Any] | None) -> AverageSettings | None:
+def build_average(recipe: Recipe, phase: PhaseConfig) -> AverageSettings | None:
     """Return the average of a phase's weights."""
+    value = with_group(phase.average, recipe.groups)
     if isinstance(value, Mapping) and not isinstance(value.get("select", ""), str):
         raise UserError(f"select: {value['select']!r} is not a selector; write all, norm or stage(1)")
     return None if value is None else _settings(AverageSettings, value, "average")
@@ -258,8 +268,8 @@ def build_trainer(
         augment=Augment(augment.crop, augment.flip),
         windows={group: (begin, end) for group, (begin, end) in phase.windows.items()},
         perturbation=build_perturbation(phase.perturbation),
-        ascent=build_ascent(phase.ascent),
-        average=build_average(phase.average),
+        ascent=build_ascent(recipe, phase),
+        average=build_average(recipe, phase),
         seed=seed,
         first_epoch=first_epoch,
         device=device,
@@ -297,7 +307,7 @@ def phase_content(recipe: Recipe, phase: PhaseConfig, attack: Callable[[Any], An
     perturbation = build_perturbation(phase.perturbation)
     if perturbation.name != "constant":
         content["perturbation"] = asdict(perturbation)
-    ascent, average = build_ascent(phase.ascent), build_average(phase.average)
+    ascent, average = build_ascent(recipe, phase), build_average(recipe, phase)
     if ascent is not None:
         content["ascent"] = {**asdict(ascent), "select": selector_content(ascent.select)}
     if average is not None:

@@ -155,8 +155,7 @@ def _tasks(plan: Plan, store: Store, device: torch.device) -> tuple[list[Task], 
             if store.finished(folder) and all((folder / f"epoch-{epoch}.safetensors").exists() for epoch in node.kept):
                 done += size
                 continue
-            if (folder / MANIFEST).exists():  # it lacks an epoch that a later phase rewinds to
-                store.set_aside(folder)
+            (folder / MANIFEST).unlink(missing_ok=True)  # it may lack an epoch that a later phase rewinds to
             failure = store.failure(folder)
             parent = f"train {node.parent} {seed}"
             if (failure and failure[0] == "diverged") or parent in blocked:

@@ -28,6 +28,7 @@ from robustlayers.study.phases import (
     input_attack,
     phase_partition,
     training_attack,
+    with_group,
 )
 from robustlayers.study.schema import DataConfig, ModelConfig, PhaseConfig, Recipe, ThreatConfig
 from robustlayers.study.validate import Place
@@ -252,7 +253,7 @@ def _check_phases(recipe: Recipe, dataset: Dataset, found: Faults) -> None:
             if any(path[:3] == ("phases", index, "train") for path in found.paths[:known]):
                 continue  # without its signals there is no step to check
             attack = build_attack("fgsm", recipe.threat)  # a stand-in: the phase's own is checked elsewhere
-            policy = build_policy(phase.normalization)
+            policy = build_policy(phase.normalization, recipe.groups)
             step = PartialStep(model, partition, phase.train, optimizer=None, attack=attack, policy=policy)
             with found.at("phases", index, "optimizer"):
                 build_optimizer(partition, step.signals, build_optimizer_settings(phase.optimizer))
@@ -264,10 +265,12 @@ def _check_phases(recipe: Recipe, dataset: Dataset, found: Faults) -> None:
             with found.at_option(phase.perturbation or {}, "phases", index, "perturbation"):
                 build_perturbation(phase.perturbation)
             with found.at_option(phase.ascent or {}, "phases", index, "ascent"):
-                ascent = phase.ascent  # as written: messages tell a default from what was asked for
+                ascent = with_group(
+                    phase.ascent, recipe.groups
+                )  # as written: messages tell a default from what was asked for
                 PartialStep(model, partition, phase.train, optimizer=None, attack=attack, policy=policy, ascent=ascent)
             with found.at_option(phase.average or {}, "phases", index, "average"):
-                average = build_average(phase.average)
+                average = build_average(recipe, phase)
                 if average is not None:
                     Average(partition.inventory, average)
                     if average.on == "adversarial" and input_attack(recipe, phase) is None:

@@ -10,7 +10,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Analyzed", "Arm", "ClaimResult", "CurvePoint", "GroupLine", "LedgerLine", "PhaseLine", "Pictures", "Row", "Summary"]
+__all__ = [
+    "Analyzed",
+    "Arm",
+    "ClaimResult",
+    "CurvePoint",
+    "GroupLine",
+    "LedgerLine",
+    "PhaseLine",
+    "Pictures",
+    "Row",
+    "Summary",
+]
 
 
 @dataclass(frozen=True)
