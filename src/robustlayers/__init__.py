@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustlayers import analysis, attacks, data, evaluation, models, normalization, selection, training
+    from robustlayers import analysis, attacks, data, evaluation, models, selection, training
     from robustlayers.attacks import (
         APGD,
         FAB,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from robustlayers.evaluation import accuracy, correct, flags, interval, worst_case
     from robustlayers.normalization import (
         NormPolicy,
+        Package,
         Switch,
         convert,
         crafting_forward,
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
         snapshot,
         swap,
     )
+
+    normalization: Package  # which can be called: `with rl.normalization(model, by=...)`
 
 __version__ = "0.1.0"
 

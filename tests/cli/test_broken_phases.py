@@ -228,11 +228,11 @@ CASES: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "hinge backwards": (
         key("perturbation: {name: hinge, since: 0.5, until: 0.25}"),
-        "19: phases.1.perturbation: perturbation: it rises from 0.5 until 0.25 of the phase; allowed: ...",
+        "19: phases.1.perturbation: it rises from 0.5 until 0.25 of the phase; allowed: ...",
     ),
     "low": (
         key("perturbation: {name: ramp, low: 2}"),
-        "19: phases.1.perturbation...: perturbation: low 2; allowed: a factor from 0 to 1",
+        "19: phases.1.perturbation...: low 2; allowed: a factor from 0 to 1",
     ),
     "perturbation in words": (
         key("perturbation: {name: ramp, until: half}"),
@@ -250,11 +250,11 @@ CASES: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "ascent of the wrong kind": (
         key("ascent: {name: sam, scaling: global}"),
-        "19: phases.1.ascent: ascent: scaling: sam does not take it; only awp, rwp",
+        "19: phases.1.ascent.scaling: sam does not take it; only awp, rwp",
     ),
     "ascent of no size": (
         key("ascent: {name: sam, size: 0}"),
-        "19: phases.1.ascent...: ascent: size: 0 is not allowed; ...",
+        "19: phases.1.ascent.size: 0 is not allowed; ...",
     ),
     "ascent on what is not there": (
         key("ascent: {name: awp, select: stage(9)}"),
@@ -284,7 +284,7 @@ CASES: dict[str, tuple[tuple[str, str], str]] = {
     ),
     "average of statistics": (
         key("average: {name: ema, select: norm.statistics}"),
-        "19: phases.1.average: average: selector 'norm.statistics' picks no parameter",
+        "19: phases.1.average: selector 'norm.statistics' picks no parameter",
     ),
     "average on attacks that nothing needs": (
         ("train: {all: natural}", "train: {all: natural}\n    average: {name: ema, on: adversarial}"),

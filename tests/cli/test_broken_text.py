@@ -60,7 +60,7 @@ CASES = {
         LR,
         LR + "  normalization: {crafting: {by: batch}}\n",
         "14: training.normalization.crafting: unknown key 'crafting'; nearest: craft; "
-        "allowed: adversarial, ascent, clean, craft",
+        "allowed: adversarial, again, ascent, clean, craft, evaluate, habit, joint, layers, log, score",
     ),
     "claim key": ("    that:", "    what:", "36: claims.0.what: unknown key 'what'; nearest: that; allowed: say, that"),
     "no question": ("question: Do norm layers alone gain robustness?\n", "", "1: question: key 'question' is missing"),
@@ -211,7 +211,17 @@ CASES = {
     "statistics by": (
         LR,
         LR + "  normalization: {craft: {by: runing}}\n",
-        "14: training.normalization.craft.by: unknown value 'runing'; nearest: running; allowed: auto, batch, running",
+        "14: training.normalization.craft.by: unknown value 'runing'; nearest: running; allowed: auto, batch, frozen, ...",
+    ),
+    "norm habit": (
+        LR,
+        LR + "  normalization: rise\n",
+        "14: training.normalization: unknown value 'rise'; nearest: rice; allowed: adversarial-statistics, ...",
+    ),
+    "norm mixture": (
+        LR,
+        LR + "  normalization: {clean: {by: mixture}}\n",
+        "14: training.normalization.clean: alpha, the share of the batch, goes with by: mixture, and the other way round",
     ),
     "statistics update": (
         LR,

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +178,7 @@ def test_stopped_without_a_folder_it_says_that_nothing_is_kept(call, monkeypatch
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("robustlayers.evaluation.cascade.cascade", stop)
+    monkeypatch.setattr(import_module("robustlayers.evaluation.cascade"), "cascade", stop)
     arguments = ["evaluate", *NAMED, "--weights", "w.pt", "--eps", "1", "--attack", "fgsm"]
     assert call(*arguments) == (130, "", "stopped; nothing is kept without --out DIR\n")
     assert call(*arguments, "--out", "kept") == (130, "", "stopped; the same command goes on from here\n")

@@ -6,7 +6,8 @@ from torch import nn
 
 from robustlayers.attacks import FGSM, PGD, Linf
 from robustlayers.core.errors import UserError
-from robustlayers.evaluation import accuracy, branches, policies
+from robustlayers.evaluation import accuracy, branches, calibration, corruption_accuracy, policies, sanity
+from robustlayers.normalization.layers import RandomNorm
 from robustlayers.normalization.layers.dual import DualBatchNorm
 
 THREAT = Linf(0.2)
@@ -112,3 +113,20 @@ def test_branches_by_the_batch_differ_by_their_affine_part_alone(dual):
     running, batch = (branches(model, x, y, FGSM(THREAT), by=by) for by in ("running", "batch"))
     assert running.clean["main"] != running.clean["auxiliary"]
     assert batch.clean["main"] == batch.clean["auxiliary"]
+
+
+def test_norms_that_draw_are_repeatable_by_the_seed(trained):
+    model, x, y = copy.deepcopy(trained[0]), *trained[1:]
+    model.body[1] = RandomNorm(model.body[1], kinds=("batch", "group-2"))
+    names = ("random", "batch", "group-2")
+    one, two = (branches(model, x, y, PGD(THREAT, steps=2), 24) for _ in range(2))
+    assert one.names == names and one == two and model.body[1].branch == "random"
+    assert len({one.clean[name] for name in names}) == 3
+    for measure in (
+        lambda: calibration(model, x, y, PGD(THREAT, steps=2), 11),
+        lambda: corruption_accuracy(model, x, y, ["contrast"], (1, 5), 11),
+        lambda: sanity(model, x[:12], y[:12], THREAT, queries=20),
+    ):
+        found = measure()
+        assert found == measure()
+    assert found.flags[0].startswith("random output")

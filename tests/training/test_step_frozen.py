@@ -7,7 +7,7 @@ import torch
 
 from robustlayers.attacks import PGD, Linf
 from robustlayers.core.random import stream
-from robustlayers.normalization import NormPolicy, Switch
+from robustlayers.normalization import NormPolicy, Setting, Switch
 from robustlayers.selection import Partition
 from robustlayers.training import OptimizerSettings, PartialStep, build_optimizer
 
@@ -185,7 +185,7 @@ def test_planted_zero_gradients_in_the_place_of_none_let_weight_decay_and_moment
 
 
 def test_planted_settings_that_update_frozen_statistics_are_noticed(net, batch, monkeypatch):
-    monkeypatch.setattr(Switch, "resolve", lambda self, trained, here: ("batch", True))
+    monkeypatch.setattr(Switch, "resolve", lambda self, trained, here: Setting("batch", True))
     partition, changed = all_frozen_but_head(net, batch)
     assert broken(partition["frozen"], changed) == [
         name for name in partition["frozen"] if partition.inventory[name].buffer and "bn1" in name
@@ -196,8 +196,8 @@ def test_planted_evaluation_mode_that_counts_batches_is_noticed(net, batch, monk
     honest = Switch.resolve
 
     def resolve(self, trained, here):
-        by, _ = honest(self, trained, here)
-        return by, self is not POLICIES["default"].craft and by == "running"
+        setting = honest(self, trained, here)
+        return setting._replace(update=self is not POLICIES["default"].craft and setting.by == "running")
 
     monkeypatch.setattr(Switch, "resolve", resolve)
     partition, changed = all_frozen_but_head(net, batch)

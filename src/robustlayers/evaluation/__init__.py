@@ -4,8 +4,11 @@ Besides: calibration, accuracy by class, on common corruptions, under transfer, 
 """
 
 from robustlayers.evaluation.accuracy import Progress, accuracy, correct, worst_case
+from robustlayers.evaluation.autoattack import autoattack
 from robustlayers.evaluation.branches import branches, policies
 from robustlayers.evaluation.calibration import Calibration, calibration, expected_calibration_error
+from robustlayers.evaluation.cascade import Moment, Outcome, Turn, cascade
+from robustlayers.evaluation.checkpoints import load_checkpoint
 from robustlayers.evaluation.corruptions import CORRUPTIONS, CorruptionTable, corrupt, corruption_accuracy
 from robustlayers.evaluation.flags import MEANINGS, beyond_final, flags, meaning
 from robustlayers.evaluation.intervals import interval
@@ -20,18 +23,24 @@ __all__ = [
     "ClassAccuracy",
     "CorruptionTable",
     "CrossTable",
+    "Moment",
+    "Outcome",
     "Progress",
     "SanityReport",
+    "Turn",
     "accuracy",
+    "autoattack",
     "beyond_final",
     "branches",
     "calibration",
+    "cascade",
     "correct",
     "corrupt",
     "corruption_accuracy",
     "expected_calibration_error",
     "flags",
     "interval",
+    "load_checkpoint",
     "meaning",
     "per_class",
     "policies",

@@ -15,7 +15,7 @@ from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream
 from robustlayers.evaluation._drawing import grid
 from robustlayers.evaluation._still import Forward, check_labels, device_of, images, untouched
-from robustlayers.evaluation._views import held
+from robustlayers.evaluation._views import held, seed_draws
 from robustlayers.evaluation.accuracy import Progress, _check
 from robustlayers.evaluation.intervals import interval
 from robustlayers.normalization.fold import crafting_forward
@@ -120,12 +120,14 @@ def cross(
     for batch in slices(len(x), batch_size):
         right = {}
         for name, view in views.items():
+            seed_draws(view.forward, seed, "cross", "clean", batch.start)
             right[name] = _verdict(view, x[batch], y[batch])
             clean[name] += int(right[name].sum())
         for crafted, view in views.items():
             device = device_of(view.forward, x)
             natural, labels = images(x[batch], device), y[batch].to(device)
             generator = stream(seed, "cross", label(attack), batch.start)
+            seed_draws(view.forward, seed, "cross", label(attack), batch.start)
             with view.hold(device):
                 forward = view.forward
                 if is_own(attack) and view.by == "running" and isinstance(forward, nn.Module):
@@ -134,6 +136,7 @@ def cross(
                     adversarial = attack(forward, natural, labels, generator=generator)
             _check(label(attack), attack, adversarial, natural)
             for measured, other in views.items():
+                seed_draws(other.forward, seed, "cross", "verdict", label(attack), batch.start)
                 standing = right[measured] & _verdict(other, adversarial.to(natural.dtype), y[batch])
                 counts[crafted][measured] += int(standing.sum())
             if progress is not None:

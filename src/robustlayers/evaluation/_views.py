@@ -11,10 +11,10 @@ from torch import nn
 from robustlayers.attacks import guard
 from robustlayers.core.errors import UserError, one_of
 from robustlayers.evaluation._still import Forward
-from robustlayers.normalization import Setting, normalizing
+from robustlayers.normalization import Setting, layers, normalizing
 from robustlayers.selection.inventory import is_norm
 
-__all__ = ["BY", "branches_of", "check_by", "held"]
+__all__ = ["BY", "branches_of", "check_by", "held", "seed_draws"]
 
 BY = ("running", "batch")
 """Statistics that norm layers may normalize by in an evaluation."""
@@ -39,6 +39,12 @@ def held(forward: Forward, device: torch.device, by: str = "running", branch: st
                 undo.callback(setattr, module, "branch", module.branch)
                 setattr(module, "branch", branch)  # noqa: B010  # type checkers take an attribute for a tensor
         yield
+
+
+def seed_draws(forward: Forward, seed: int, *position: int | str) -> None:
+    """Make what random norm layers of an `nn.Module` draw next a function of (seed, position); functions are let be."""
+    if isinstance(forward, nn.Module):
+        layers.seed_draws(forward, seed, *position)
 
 
 def branches_of(model: nn.Module) -> tuple[str, ...]:

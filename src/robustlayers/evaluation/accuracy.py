@@ -14,6 +14,7 @@ from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream
 from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still, untouched
 from robustlayers.normalization.fold import crafting_forward
+from robustlayers.normalization.layers import seed_draws
 
 __all__ = ["Progress", "accuracy", "correct", "worst_case"]
 
@@ -85,7 +86,8 @@ def worst_case(
         crafting = crafting_forward(forward)
     with still(forward, device):
         clean = torch.zeros(len(x), dtype=torch.bool)
-        for _, batch in _batches(torch.arange(len(x)), batch_size, "clean", progress):
+        for first, batch in _batches(torch.arange(len(x)), batch_size, "clean", progress):
+            _seed_draws(forward, seed, "clean", first)
             clean[batch] = _verdict(forward, images(_take(x, batch), device), _take(y, batch).to(device))
         verdicts = {"clean": clean}
         right = clean.nonzero().squeeze(1)
@@ -94,15 +96,23 @@ def worst_case(
             for first, batch in _batches(right, batch_size, name, progress):
                 natural, labels = images(_take(x, batch), device), _take(y, batch).to(device)
                 generator = stream(seed, "evaluate", _without_restarts(attack), first)
+                _seed_draws(forward, seed, _without_restarts(attack), first)
                 # The attack may be foreign: what it does to the modes or statistics must not reach the verdict.
                 with untouched(forward):
                     adversarial = attack(crafting if is_own(attack) else forward, natural, labels, generator=generator)
                 _check(name, attack, adversarial, natural)
+                _seed_draws(forward, seed, "verdict", _without_restarts(attack), first)
                 verdicts[name][batch] = _verdict(forward, adversarial.to(natural.dtype), labels)
         robust = clean.clone()
         for name in attacks:
             robust &= verdicts[name]
         return verdicts | {"robust": robust}
+
+
+def _seed_draws(forward: Forward, seed: int, *position: int | str) -> None:
+    """Make what random norm layers draw a function of the batch, so that a verdict can be repeated."""
+    if isinstance(forward, nn.Module):
+        seed_draws(forward, seed, "evaluate", *position)
 
 
 def _batches(indices: Tensor, batch_size: int, name: str, progress: Progress | None) -> Iterator[tuple[int, Tensor]]:

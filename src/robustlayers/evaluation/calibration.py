@@ -15,6 +15,7 @@ from robustlayers.core.random import stream
 from robustlayers.evaluation._cross import check_batch_size, described, slices
 from robustlayers.evaluation._drawing import GRAY, SERIES, axes_or_new
 from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still, untouched
+from robustlayers.evaluation._views import seed_draws
 from robustlayers.evaluation.accuracy import Progress, _check
 from robustlayers.normalization.fold import crafting_forward
 
@@ -189,9 +190,11 @@ def _logits(
         pixels = images(x[batch], device)
         if attack is not None:
             generator = stream(seed, "calibration", label(attack), batch.start)
+            seed_draws(model, seed, "calibration", label(attack), batch.start)
             with untouched(model):
                 adversarial = attack(crafting, pixels, y[batch].to(device), generator=generator)
             _check(label(attack), attack, adversarial, pixels)
             pixels = adversarial.to(pixels.dtype)
+        seed_draws(model, seed, "calibration", "verdict", batch.start)
         with torch.no_grad():
             yield batch, model(pixels).detach().cpu()

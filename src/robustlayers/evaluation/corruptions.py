@@ -29,7 +29,7 @@ from robustlayers.core.random import stream
 from robustlayers.evaluation import corruption_formulas as formulas
 from robustlayers.evaluation._drawing import grid
 from robustlayers.evaluation._still import Forward, check_labels, device_of, images
-from robustlayers.evaluation._views import check_by, held
+from robustlayers.evaluation._views import check_by, held, seed_draws
 from robustlayers.evaluation.accuracy import Progress
 from robustlayers.evaluation.intervals import interval
 
@@ -259,6 +259,7 @@ def corruption_accuracy(
             batch = images(x[first : first + batch_size], device)
             if severity:
                 batch = corrupt(batch, family, severity, seed=seed, first=first)
+            seed_draws(model, seed, "corruption", family, severity, first)
             count += int(is_correct(model(batch), y[first : first + batch_size].to(device)).sum())
             if progress is not None:
                 name = f"{family} {severity}" if severity else family

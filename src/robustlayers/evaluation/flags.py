@@ -234,25 +234,26 @@ def attack_strength(model: Forward, x: Tensor, y: Tensor, threat: Threat) -> lis
 # -- signs in results ----------------------------------------------------------------------------------------------
 
 
-def black_box(white: Mapping[str, Tensor], black: Mapping[str, Tensor]) -> list[str]:
+def black_box(white: Mapping[str, Tensor], black: Mapping[str, Tensor], tolerance: float = 0.01) -> list[str]:
     """Flag black-box attacks that break images which all gradient attacks leave: more than 1 % of all, and two or more.
 
     `white`, `black`: attacks by name, for each image whether it is right under the attack, bool [n], all in one threat.
+    `tolerance`: the share that may be an accident; more for a model with random outputs.
     """
     standing = _standing(white, "white")
     found = []
     for name, verdict in black.items():
         count = int((standing & ~verdict).sum())
-        if count > slack(len(standing)):
+        if count > slack(len(standing), tolerance):
             found.append(f"black box: {name} breaks {count} of {len(standing)} images that no gradient attack breaks")
     return found
 
 
-def more_steps(steps: Sequence[int], counts: Sequence[int], total: int) -> list[str]:
+def more_steps(steps: Sequence[int], counts: Sequence[int], total: int, tolerance: float = 0.02) -> list[str]:
     """Flag an attack whose accuracy does not fall from its fewest steps to its most, or rises on the way.
 
     `counts`: images of `total` that are right after so many `steps` of one length. A fall to 0 at once is no sign. A
-    rise counts above 2 % of the images, and two or more.
+    rise counts above 2 % of the images (`tolerance`), and two or more.
     """
     _check_curve(steps, counts, total)
     if counts[0] == 0 or len(counts) < 2:
@@ -261,23 +262,23 @@ def more_steps(steps: Sequence[int], counts: Sequence[int], total: int) -> list[
         what = f"{counts[0]} of {total} images right after {_count(steps[0])}, {counts[-1]} after {steps[-1]}"
         return [f"more steps: {what}"]
     for (first, before), (last, after) in itertools.pairwise(zip(steps, counts, strict=True)):
-        if after - before > slack(2 * total):
+        if after - before > slack(total, tolerance):
             return [f"more steps: {before} of {total} images right after {_count(first)}, {after} after {last}"]
     return []
 
 
-def larger_eps(eps: Sequence[float], counts: Sequence[int], total: int) -> list[str]:
+def larger_eps(eps: Sequence[float], counts: Sequence[int], total: int, tolerance: float = 0.02) -> list[str]:
     """Flag an attack whose accuracy does not fall from the smallest eps to the largest, or rises on the way.
 
-    `counts`: images of `total` that are right at each of `eps`, in rising order. A rise counts above 2 % of the images,
-    and two or more.
+    `counts`: images of `total` that are right at each of `eps`, in rising order. A rise counts above 2 % of the images
+    (`tolerance`), and two or more.
     """
     _check_curve(eps, counts, total)
     if counts[0] == 0 or len(counts) < 2:
         return []
     pairs = list(zip(eps, counts, strict=True))
     found = [(pairs[0], pairs[-1])] if counts[-1] >= counts[0] else []
-    found += [(one, two) for one, two in itertools.pairwise(pairs) if two[1] - one[1] > slack(2 * total)]
+    found += [(one, two) for one, two in itertools.pairwise(pairs) if two[1] - one[1] > slack(total, tolerance)]
     for (first, before), (last, after) in found[:1]:
         what = f"{before} of {total} images right at eps {pixels_text(first)}, {after} at {pixels_text(last)}"
         return [f"larger eps: {what}"]
@@ -287,7 +288,7 @@ def larger_eps(eps: Sequence[float], counts: Sequence[int], total: int) -> list[
 def huge_eps(eps: float, count: int, total: int) -> list[str]:
     """Flag images that are right under an attack with a ball that reaches plain gray: above 2 % of `total`, and two."""
     _check_curve([eps], [count], total)
-    if count <= slack(2 * total):
+    if count <= slack(total, 0.02):
         return []
     return [f"huge eps: {count} of {total} images right at eps {pixels_text(eps)}, which reaches plain gray"]
 
@@ -324,14 +325,14 @@ def single_step(clean: int, single: int, many: int, total: int) -> list[str]:
     images, and two or more. A natural net at a large eps falls under one step already.
     """
     _check_curve([0, 1, 2], [clean, single, many], total)
-    if single < 0.6 * clean or 2 * many >= single or single - many <= slack(5 * total):
+    if single < 0.6 * clean or 2 * many >= single or single - many <= slack(total, 0.05):
         return []
     return [f"single step: {single} of {total} images right under fgsm, {many} under pgd, {clean} without an attack"]
 
 
-def slack(total: int) -> int:
-    """Return how many images more may be an accident: one, or 1 % of `total`."""
-    return max(1, total // 100)
+def slack(total: int, tolerance: float) -> int:
+    """Return how many images more may be an accident: one, or a share of `total`."""
+    return max(1, int(tolerance * total + 1e-9))
 
 
 def _standing(verdicts: Mapping[str, Tensor], what: str) -> Tensor:

@@ -13,6 +13,7 @@ from robustlayers.core.errors import UserError
 from robustlayers.core.quantities import pixels_text
 from robustlayers.evaluation._drawing import GRAY, MARKERS, SERIES, axes_or_new
 from robustlayers.evaluation._still import Forward, device_of, still
+from robustlayers.evaluation._views import seed_draws
 from robustlayers.evaluation.accuracy import Progress, worst_case
 from robustlayers.evaluation.flags import (
     black_box,
@@ -161,7 +162,8 @@ def sanity(
     0.5 sqrt(d) in l2, 0.5 d in l1, d the values of an image: each ball holds plain gray); and PGD of 1 to 32 steps of
     length eps/4, last iterate.
     The steps are tried at the threat's eps, or where fewer than a tenth of the images fall there, at the next larger of
-    those above. It says nothing against a defense that a better attack breaks: it is no substitute for AutoAttack.
+    those above. With random outputs, black-box attacks and rising accuracies count above 10 % of the images, since each
+    verdict is one draw. It says nothing against a defense that a better attack breaks: it is no substitute for AutoAttack.
 
     Cost: at most 278 forwards, 235 backwards, and `queries` forwards of Square, for each image with the defaults.
 
@@ -171,6 +173,7 @@ def sanity(
         raise UserError("sanity: eps is 0; allowed: more than 0")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 10:
         raise UserError(f"steps: {steps!r} is not allowed; allowed: a whole number, 10 or more")
+    seed_draws(model, seed, "sanity")
     found = flags(model, x[:batch_size], y[:batch_size], threat)
     square, skipped = _square(threat, queries, x)
     cost = [(_FLAG_FORWARDS, _FLAG_BACKWARDS)]
@@ -229,9 +232,10 @@ def sanity(
         f"pgd, {ball}, step {pixels_text(chosen / 4)}, last iterate",
     )
     gradient = {name: verdicts[name] for name in white}
-    found += black_box(gradient, {name: verdicts[name] for name in square})
-    found += more_steps(_STEPS, by_steps.counts, len(x))
-    found += larger_eps(by_eps.values, by_eps.counts, len(x))
+    luck = {"tolerance": 0.1} if any(text.startswith("random output") for text in found) else {}
+    found += black_box(gradient, {name: verdicts[name] for name in square}, **luck)
+    found += more_steps(_STEPS, by_steps.counts, len(x), **luck)
+    found += larger_eps(by_eps.values, by_eps.counts, len(x), **luck)
     found += huge_eps(grid[-1], falls[-1], len(x))
     found += single_step(right, counts["fgsm"], counts[f"pgd-{steps}"], len(x))
     return _report(threat, x, found, counts, by_eps, by_steps, skipped, cost)

@@ -42,6 +42,7 @@ class ArmContent:
     line: str
     terms: Sequence[tuple[str, str]]
     seeds: Table
+    branches: Table | None
     phases: Sequence[PhaseContent]
     ledger: Table | None
 
@@ -139,6 +140,7 @@ def _arms(summary: Summary, said: Answer) -> list[ArmContent]:
                 line=standings[arm.name].text,
                 terms=terms,
                 seeds=tables.seeds(summary, arm),
+                branches=tables.branches(summary, arm),
                 phases=[_phase(phase) for phase in arm.phases],
                 ledger=tables.ledger(arm) if arm.ledger else None,
             )

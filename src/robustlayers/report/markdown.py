@@ -108,6 +108,7 @@ def render(content: Content) -> str:
 
 def _arm(one: ArmContent) -> list[str]:
     parts = [f"### {inline(one.arm.name)}", inline(one.line), _terms(one.terms), table(one.seeds)]
+    parts += [table(one.branches)] if one.branches else []
     for number, phase in enumerate(one.phases, start=1):
         parts += [f"#### Phase {number}: {inline(phase.phase.name)}", _terms(phase.terms), table(phase.table)]
         for group, heading in phase.groups:

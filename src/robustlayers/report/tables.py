@@ -23,7 +23,7 @@ from robustlayers.report.wording import (
 )
 from robustlayers.study.summary import Arm, LedgerLine, PhaseLine, Summary
 
-__all__ = ["Cell", "Column", "Table", "claims", "groups", "ledger", "measuring", "results", "seeds"]
+__all__ = ["Cell", "Column", "Table", "branches", "claims", "groups", "ledger", "measuring", "results", "seeds"]
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,31 @@ def seeds(summary: Summary, arm: Arm) -> Table:
         Column("Time", True),
     ]
     return Table("seeds", "Every seed: accuracy on test images in percent.", columns, blocks)
+
+
+def branches(summary: Summary, arm: Arm) -> Table | None:
+    """Return the accuracy of each branch under what was crafted on each branch; None where no branch was measured."""
+    checkpoint = primary(summary)
+    found = [metric for metric in arm.results.get(checkpoint, {}) if "@" in metric]
+    measured = [metric.partition("@")[2] for metric in found if metric.startswith("clean@")]
+    if not measured:
+        return None
+
+    def row(head: str, metrics: Sequence[str]) -> list[list[Cell | None]]:
+        return [[Cell(head), *(_accuracy(accuracy(arm, checkpoint, name), len(summary.seeds)) for name in metrics)]]
+
+    blocks = [row("no attack", [f"clean@{name}" for name in measured])]
+    blocks += [
+        row(f"{attack} on {crafted}", [f"{attack}@{crafted}>{name}" for name in measured])
+        for attack in summary.attacks
+        for crafted in measured
+    ]
+    caption = (
+        f"Checkpoint {checkpoint}: each branch of the norm layers (columns) on images crafted on each branch (rows). What is "
+        "crafted on another branch is a transfer attack: a branch is as robust as the lowest number of its column."
+    )
+    columns = [Column("Crafted on"), *(Column(f"Measured on {name}", True) for name in measured)]
+    return Table("branches", caption, columns, blocks)
 
 
 def groups(phase: PhaseLine) -> Table:

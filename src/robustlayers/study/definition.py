@@ -28,7 +28,7 @@ Change = tuple[Keys, str | tuple[str, ...]]
 
 _RECIPE = tuple(Recipe.model_fields)
 _MERGED = ("optimizer", "schedule", "normalization")
-_ALIKE = (("evaluate", "attacks"), ("evaluate", "checkpoints"), ("data", "test_images"))
+_ALIKE = (("evaluate", "attacks"), ("evaluate", "branches"), ("evaluate", "checkpoints"), ("data", "test_images"))
 
 
 @dataclass(frozen=True)
@@ -334,16 +334,22 @@ def _inherit(recipe: dict[str, Any]) -> dict[str, Any]:
     for phase in recipe["phases"]:
         filled = {**{key: item for key, item in shared.items() if key not in _MERGED}, **phase}
         for key in _MERGED:
-            base, own = shared.get(key), phase.get(key)
-            if base is None or own is None:
-                merged = own if own is not None else base
-            else:
-                same = "name" not in own or own["name"] == base.get("name", own["name"])
+            base, own = _mapping(key, shared.get(key)), _mapping(key, phase.get(key))
+            if isinstance(base, dict) and isinstance(own, dict):
+                word = "habit" if key == "normalization" else "name"
+                same = word not in own or own[word] == base.get(word, own[word] if word == "name" else "standard")
                 merged = {**base, **own} if same else own
+            else:
+                merged = own if own is not None else base
             if merged is not None:
                 filled[key] = merged
         phases.append(filled)
     return {**recipe, "phases": phases}
+
+
+def _mapping(key: str, value: Any) -> Any:
+    """Return settings as a mapping where one word stands for them: the name of a habit."""
+    return {"habit": value} if key == "normalization" and isinstance(value, str) else value
 
 
 def _claims(config: StudyConfig, place: Place) -> tuple[list[tuple[str, Claim]], list[Fault]]:

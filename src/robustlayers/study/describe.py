@@ -134,7 +134,7 @@ def _phase(model: Any, node: PhaseNode) -> dict[str, Any]:
         "attack": "" if attack is None else attack.describe(),
         "optimizer": _optimizer(phase),
         "extras": _extras(recipe, phase),
-        "normalization": str(build_policy(phase.normalization)) if phase.kind == "train" else "",
+        "normalization": str(build_policy(phase.normalization, recipe.groups)) if phase.kind == "train" else "",
         "forward_passes": node.forward_passes,
         "backward_passes": node.backward_passes,
         "step_passes": list(node.step_passes),

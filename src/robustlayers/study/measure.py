@@ -14,11 +14,13 @@ from robustlayers.core.files import read_json, read_tensors, write_json, write_t
 from robustlayers.core.random import stream
 from robustlayers.data import Images, to_float
 from robustlayers.evaluation import flags, worst_case
+from robustlayers.evaluation.branches import branches
 from robustlayers.normalization import inference
 from robustlayers.normalization.report import study_rows
 from robustlayers.study.plan import PhaseNode
 from robustlayers.study.schema import Recipe
 from robustlayers.study.semantics import NamedAttack, build_attack, build_model, build_threat, data_of
+from robustlayers.study.steering import measured_as, policy_of
 from robustlayers.study.store import Store
 from robustlayers.study.work import Report
 
@@ -51,12 +53,13 @@ def measure_run(
     seen: dict[int, list[dict[str, Any]]] = {}
     norms: dict[int, list[dict[str, Any]]] = {}
     pictures: dict[str, Tensor] = {}
+    forward, text = measured_as(model, policy_of(nodes))
     for checkpoint in recipe.evaluate.checkpoints:
         epoch = epochs[checkpoint]
         if epoch not in seen:  # best and last may be one and the same epoch
             model.load_state_dict(read_tensors(trained / f"{checkpoint}.safetensors"))
             verdicts = worst_case(
-                model,
+                forward,
                 test.images,
                 test.labels,
                 attacks,
@@ -64,8 +67,10 @@ def measure_run(
                 seed=seed,
                 progress=lambda name, done, of: report("batch", {"what": name, "done": done, "of": of}),
             )
-            notes = flags(model, test.images[:_FLAGGED], test.labels[:_FLAGGED], build_threat(recipe.threat))
+            notes = flags(forward, test.images[:_FLAGGED], test.labels[:_FLAGGED], build_threat(recipe.threat))
             seen[epoch] = _test_rows(verdicts, attacks, "; ".join(notes)) + _curve_rows(recipe, points[epoch])
+            if recipe.evaluate.branches:
+                seen[epoch] += _branch_rows(model, test, attacks, recipe, seed)
             if looked_at is not None:
                 monitor = build_attack(recipe.evaluate.monitor.attack, recipe.threat)
                 norms[epoch] = study_rows(
@@ -77,7 +82,7 @@ def measure_run(
                     seed=seed,
                 )
             pictures = pictures or _pictures(model, test, len(dataset.classes), next(iter(attacks.values())), seed)
-        rows += [{"checkpoint": checkpoint, "epoch": epoch, "normalization": "running", **row} for row in seen[epoch]]
+        rows += [{"checkpoint": checkpoint, "epoch": epoch, "normalization": text, **row} for row in seen[epoch]]
     write_json(folder / "rows.json", rows)
     layers = [
         {"checkpoint": checkpoint, "epoch": epochs[checkpoint], **row}
@@ -106,6 +111,32 @@ def _test_rows(verdicts: Mapping[str, Tensor], attacks: Mapping[str, NamedAttack
         }
         for metric, text in texts.items()
     ]
+
+
+def _branch_rows(
+    model: nn.Module, test: Images, attacks: Mapping[str, NamedAttack], recipe: Recipe, seed: int
+) -> list[dict[str, Any]]:
+    """Return the accuracy of each branch, clean and under what each attack crafted on each branch."""
+    if not any(getattr(module, "branches", ()) for module in model.modules()):
+        return []
+    rows: list[dict[str, Any]] = []
+    for name, attack in attacks.items():
+        table = branches(model, test.images, test.labels, attack, recipe.evaluate.batch_size, seed=seed)
+        for line in table.rows():
+            crafted, measured = line["crafted_on"], line["measured_on"]
+            if crafted or name == next(iter(attacks)):
+                rows.append(
+                    {
+                        "metric": f"{name}@{crafted}>{measured}" if crafted else f"clean@{measured}",
+                        "value": line["accuracy"],
+                        "count": line["count"],
+                        "total": line["total"],
+                        "split": "test",
+                        "attack": attack.describe() if crafted else "",
+                        "normalization": f"running, branch {measured}",
+                    }
+                )
+    return rows
 
 
 def _curve_rows(recipe: Recipe, point: Mapping[str, Any]) -> list[dict[str, Any]]:

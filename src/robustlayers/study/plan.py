@@ -229,5 +229,6 @@ def _run(recipe: Recipe, last: str) -> str:
         "batch_size": recipe.evaluate.batch_size,
         "test_images": recipe.data.test_images,
         "data": load_data(recipe.data.name).digest,
+        **({"branches": True} if recipe.evaluate.branches else {}),
     }
     return digest(content, 16)

@@ -376,6 +376,9 @@ class EvaluateConfig(_Closed):
     attacks: list[str | Options] = Field(default=["pgd-20"], min_length=1)
     checkpoints: list[Literal["best", "last"]] = Field(default=["best", "last"], min_length=1)
     batch_size: int = Field(default=500, ge=1)
+    branches: bool = Field(
+        default=False, description="of nets with branches: crafted on each and measured on each, as rows of their own"
+    )
     monitor: MonitorConfig = MonitorConfig()
 
 

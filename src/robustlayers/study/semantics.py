@@ -17,6 +17,7 @@ from robustlayers.core.errors import Fault, UserError
 from robustlayers.core.identity import canonical
 from robustlayers.data import Dataset, Images, load, split
 from robustlayers.models.factory import build_factory, check_factory, factory_digest, fit_options, is_factory
+from robustlayers.normalization.policy import NormPolicy, layer_switches
 from robustlayers.normalization.recalibration import Recalibration
 from robustlayers.selection import Selection
 from robustlayers.study.faults import Faults
@@ -253,7 +254,12 @@ def _check_phases(recipe: Recipe, dataset: Dataset, found: Faults) -> None:
             if any(path[:3] == ("phases", index, "train") for path in found.paths[:known]):
                 continue  # without its signals there is no step to check
             attack = build_attack("fgsm", recipe.threat)  # a stand-in: the phase's own is checked elsewhere
-            policy = build_policy(phase.normalization, recipe.groups)
+            policy = NormPolicy()
+            with found.at("phases", index, "normalization"):
+                policy = build_policy(phase.normalization, recipe.groups)
+                layer_switches(policy, partition.inventory)
+            if len(found.faults) > known:
+                continue
             step = PartialStep(model, partition, phase.train, optimizer=None, attack=attack, policy=policy)
             with found.at("phases", index, "optimizer"):
                 build_optimizer(partition, step.signals, build_optimizer_settings(phase.optimizer))

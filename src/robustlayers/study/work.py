@@ -24,6 +24,7 @@ from robustlayers.study.phases import build_trainer
 from robustlayers.study.plan import PhaseNode
 from robustlayers.study.schema import PhaseConfig, Recipe
 from robustlayers.study.semantics import build_attack, build_model, data_of
+from robustlayers.study.steering import measured_as, policy_of
 from robustlayers.study.store import Store
 from robustlayers.training import Diverged, PhaseTrainer, snapshot
 
@@ -73,7 +74,7 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
                 model, recipe, phase, train.to(device), seed=seed, first_epoch=node.first_epoch, device=device
             )
     record = _resume(store, work, folder)
-    monitor = _Monitor(recipe, node.select, train, validation, device)
+    monitor = _Monitor(recipe, node, train, validation, device)
     saved = time.monotonic()
 
     def progress(done: int, of: int) -> None:
@@ -201,10 +202,12 @@ def stops(phase: PhaseConfig, select: str, curve: Sequence[Mapping[str, Any]]) -
 class _Monitor:
     """Accuracies after an epoch on a fixed part of train and of validation, and the score that chooses the best."""
 
-    def __init__(self, recipe: Recipe, select: str, train: Images, validation: Images, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, node: PhaseNode, train: Images, validation: Images, device: torch.device
+    ) -> None:
         config = recipe.evaluate.monitor
         self.attack = build_attack(config.attack, recipe.threat)
-        self.select = select
+        self.select, self.switch = node.select, policy_of([node])
         self.batch_size = recipe.evaluate.batch_size
         self.parts = {
             name: _part(images, config.images, recipe.data.validation_seed).to(device)
@@ -214,12 +217,13 @@ class _Monitor:
 
     def __call__(self, model: nn.Module) -> dict[str, float | None]:
         values: dict[str, float | None] = {}
+        forward, _ = measured_as(model, self.switch)
         for name in ("train", "validation"):
             images = self.parts.get(name)
             if images is None:
                 values |= {f"{name}_clean": None, f"{name}_robust": None}
                 continue
-            verdicts = worst_case(model, images.images, images.labels, {"monitor": self.attack}, self.batch_size)
+            verdicts = worst_case(forward, images.images, images.labels, {"monitor": self.attack}, self.batch_size)
             values[f"{name}_clean"] = float(verdicts["clean"].double().mean())
             values[f"{name}_robust"] = float(verdicts["robust"].double().mean())
         return values

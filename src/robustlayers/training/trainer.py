@@ -101,7 +101,7 @@ class PhaseTrainer:
         batch_size: int = 128,
         optimizer: OptimizerSettings | None = None,
         schedule: Schedule | None = None,
-        policy: NormPolicy | None = None,
+        policy: NormPolicy | str | None = None,
         augment: Augment | None = None,
         windows: Mapping[str, Window] | None = None,
         perturbation: Perturbation | None = None,
