@@ -26,7 +26,7 @@ from robustlayers.study.store import Store
 STUDY = Path(__file__).resolve().parent.parent / "studies" / "cut-sweep.yaml"
 SMALL = ("seeds=1", "phases.whole.epochs=2", "phases.part.epochs=1")
 
-Numbers = dict[tuple[str, str, str, int], float]
+Numbers = dict[tuple[object, ...], float]
 
 
 def alone(plan: Plan) -> list[Plan]:
@@ -47,7 +47,8 @@ def run(plans: Sequence[Plan], device: str, workers: int, threads: int) -> tuple
             if outcome.failed:
                 raise ValueError(f"a run failed: {next(iter(outcome.failed.values()))}")
             for row in collect_rows(Store(folder)):
-                numbers[row.arm, row.checkpoint, row.metric, row.seed] = row.value
+                key = (row.arm, row.seed, row.checkpoint, row.metric, row.split, row.phase, row.group, row.epoch)
+                numbers[key] = row.value
     return time.perf_counter() - began, numbers
 
 

@@ -82,7 +82,7 @@ def _outcome(folder: Path) -> tuple[object, dict[str, bytes]]:
     return read_json(folder / "outcome.json"), {name: value.numpy().tobytes() for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize(("kills", "batch"), [(5, 4), pytest.param(20, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "batch"), [(4, 4), pytest.param(20, 1, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path, kills: int, batch: int) -> None:
     script, moments = tmp_path / "script.py", random.Random(kills)
     script.write_text(SCRIPT)
@@ -93,13 +93,13 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path, kills: int, batch
     to_first, began = time.monotonic() - began, time.monotonic()
     assert whole.end() == 0, whole.err.read_text()
     pace, lines = (time.monotonic() - began) / whole.shards, whole.out.read_text().splitlines()
-    assert whole.shards > 8 * kills, "too few shards for kills to fall between them"
+    assert whole.shards > 6 * kills, "too few shards for kills to fall between them"
 
     folder, kept = tmp_path / "killed", 0
     for number in range(kills):
         run = _Run(folder, script, batch)
         if number % 4:
-            run.wait_for(kept + moments.randint(0, 4))
+            run.wait_for(kept + moments.randint(0, 3))
             time.sleep(moments.uniform(0, 2 * pace))
         else:  # it may hit the imports, the lock, or the reading of what is there
             time.sleep(moments.uniform(0, to_first))

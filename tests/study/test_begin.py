@@ -98,7 +98,10 @@ def test_keep_is_the_same_as_nothing(tmp_path: Path) -> None:
         ("{norm: {from: frist}}", "9: phases.2.start.norm: unknown earlier phase 'frist'; nearest: first"),
         ("{norm: {from: third}}", "9: phases.2.start.norm: unknown earlier phase 'third'"),
         ("{norm: {form: first}}", "9: phases.2.start.norm.form: unknown key 'form'; nearest: from"),
-        ("{norm: {}}", "9: phases.2.start.norm: a start is a word, {load: FILE}, {from: PHASE}, {rewind: EPOCH} or {run: FOLDER}"),
+        (
+            "{norm: {}}",
+            "9: phases.2.start.norm: a start is a word, {load: FILE}, {from: PHASE}, {rewind: EPOCH} or {run: FOLDER}",
+        ),
         ("{norm: {load: gone.safetensors}}", "9: phases.2.start.norm: gone.safetensors: no such file"),
         ("{rest: scale-one}", "9: phases.2.start.rest: start 'scale-one' concerns no tensor of the group"),
         ("{rest: [keep]}", "9: phases.2.start.rest: a list is not allowed; allowed: text or a mapping"),

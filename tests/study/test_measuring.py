@@ -25,7 +25,9 @@ phases:
 seeds: 1
 evaluate: {attacks: [pgd-2], checkpoints: [last], branches: BRANCHES, monitor: {attack: fgsm, images: 30}}
 """
-DUAL = "{clean: {branch: main}, adversarial: {branch: auxiliary}, craft: {by: running, update: false, branch: auxiliary}}"
+DUAL = (
+    "{clean: {branch: main}, adversarial: {branch: auxiliary}, craft: {by: running, update: false, branch: auxiliary}}"
+)
 
 Values = Callable[..., dict[str, tuple[float, str, str]]]
 

@@ -57,7 +57,13 @@ def test_shuffle_keeps_the_values_and_loses_their_order(net):
 
 @pytest.mark.parametrize(
     ("start", "low", "high"),
-    [("scale-uniform", 0, 1), ("scale-one", 1, 1), ("scale-signs", -1, 1), ("shift-one", 1, 1), ("scale-shift-one", 1, 1)],
+    [
+        ("scale-uniform", 0, 1),
+        ("scale-one", 1, 1),
+        ("scale-signs", -1, 1),
+        ("shift-one", 1, 1),
+        ("scale-shift-one", 1, 1),
+    ],
 )
 def test_initializers_of_norm_layers_stay_in_their_range(net, start, low, high):
     _, after, names, _ = started(net("resnet"), start)

@@ -68,11 +68,16 @@ class MLP(Network):
     ) -> None:
         super().__init__()
         self.size = size
-        self.example_input_array = torch.zeros(2, channels, size, size)  # what a forward can be tried with
+        self.channels = channels
         self.normalize = Normalize(mean, std)
         self.stem = _Block(channels * size * size, width, norm=norm)
         self.layer1 = nn.Sequential(*(_Block(width, width, norm=norm) for _ in range(hidden - 1)))
         self.linear = nn.Linear(width, classes)
+
+    @property
+    def example_input_array(self) -> Tensor:
+        """Images that a forward can be tried with: other sizes than its own do not fit."""
+        return torch.zeros(2, self.channels, self.size, self.size, device=self.normalize.mean.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [n, classes] of float images [n, c, size, size] in [0, 1]; other sizes are a `UserError`."""

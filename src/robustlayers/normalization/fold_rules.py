@@ -134,7 +134,7 @@ def _trace(model: nn.Module) -> _Trace:
         failed: dict[str, str] = {}
         with _random_states_kept() as drew:
             try:
-                with inference(model), warnings.catch_warnings():
+                with inference(model), warnings.catch_warnings(), _gradients_as_written():
                     warnings.simplefilter("ignore")
                     graph = tracer.trace(root)
             except Exception as error:  # whatever a foreign forward raises when it is given proxies
@@ -183,6 +183,34 @@ def _random_states_kept() -> Iterator[list[bool]]:
         if numpy is not None and not _same_draws(numpy.random.get_state(legacy=False), of_numpy):
             numpy.random.set_state(of_numpy)
             drew.append(True)
+
+
+@contextmanager
+def _gradients_as_written() -> Iterator[None]:
+    """Refuse what a trace would lose: a backward of the user's own, and gradients that are switched off or on."""
+
+    def refuse(what: str) -> Callable[..., Any]:
+        def refused(*arguments: Any, **named: Any) -> Any:
+            raise TraceError(f"it {what}")
+
+        return refused
+
+    own = torch.autograd.Function
+    switches = (torch.no_grad, torch.enable_grad, torch.inference_mode)
+    apply = own.__dict__["apply"]
+    enters = [switch.__dict__["__enter__"] for switch in switches]
+    start = torch.set_grad_enabled.__init__
+    try:
+        own.apply = classmethod(refuse("has a backward of its own, an autograd.Function"))  # pyright: ignore[reportAttributeAccessIssue]
+        for switch in switches:
+            switch.__enter__ = refuse(f"uses {switch.__name__}")
+        torch.set_grad_enabled.__init__ = refuse("uses set_grad_enabled")
+        yield
+    finally:
+        own.apply = apply
+        for switch, enter in zip(switches, enters, strict=True):
+            switch.__enter__ = enter
+        torch.set_grad_enabled.__init__ = start
 
 
 def _same_draws(now: Any, was: Any) -> bool:

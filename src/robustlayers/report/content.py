@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from robustlayers.report import loupe, tables
+from robustlayers.report import analysis, loupe, tables
+from robustlayers.report.analysis import Inside
 from robustlayers.report.answer import Answer, Standing, answer
 from robustlayers.report.figures import Drawing, curves, pictures, tradeoff
 from robustlayers.report.measured import primary
@@ -62,6 +63,7 @@ class Content:
     curves_caption: str
     pictures: Drawing | None
     loupe: Sequence[Drawing]
+    inside: Sequence[Inside]
     arms: Sequence[ArmContent]
     provenance: Sequence[tuple[str, str]]
     files: Sequence[tuple[str, str]]
@@ -69,7 +71,8 @@ class Content:
     @property
     def drawings(self) -> list[Drawing]:
         """All figures, in the order of the page."""
-        return [*self.tradeoff, *self.curves, *([self.pictures] if self.pictures else []), *self.loupe]
+        inside = (one for part in self.inside for panel in part.panels for one in panel.drawings)
+        return [*self.tradeoff, *self.curves, *([self.pictures] if self.pictures else []), *self.loupe, *inside]
 
 
 def gather(summary: Summary) -> Content:
@@ -88,6 +91,7 @@ def gather(summary: Summary) -> Content:
         curves_caption=CURVES,
         pictures=pictures.draw(summary),
         loupe=_loupes(summary),
+        inside=analysis.gather(summary) if summary.analyses else [],
         arms=_arms(summary, said),
         provenance=_provenance(summary),
         files=(),

@@ -93,6 +93,8 @@ def render(content: Content) -> str:
         parts += ["## Norm layers under the loupe", inline(content.loupe[0].caption)]
         for one in content.loupe:
             parts += [f"### {inline(one.title)}", _image(one)]
+    if content.inside:
+        parts += ["## Looking inside", *_inside(content)]
     parts.append("## Arm by arm")
     for arm in content.arms:
         parts += _arm(arm)
@@ -104,6 +106,15 @@ def render(content: Content) -> str:
     parts += [_terms(content.provenance[:-1]), "### The recipe as resolved", _fenced(summary.recipe_yaml, "yaml")]
     parts += ["### Files", "\n".join(f"- `{name}`: {inline(text)}" for name, text in content.files)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _inside(content: Content) -> list[str]:
+    parts = []
+    for part in content.inside:
+        parts += [f"### {inline(part.title)}", inline(part.text), inline(part.setting), *map(table, part.tables)]
+        for panel in part.panels:
+            parts += [f"#### {inline(panel.title)}", inline(panel.caption), *map(_image, panel.drawings)]
+    return parts
 
 
 def _arm(one: ArmContent) -> list[str]:

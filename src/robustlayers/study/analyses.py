@@ -212,16 +212,20 @@ def _criticality_cost(look: Look) -> Mapping[str, float]:
 def _criticality(look: Look) -> Found:
     groups = _groups(look, _MODULES)
     sources = {name: read() for name, read in look.sources.items()}
-    found = analysis.criticality(
-        look.model,
-        parts_of(look.model, look.select, _MODULES),
-        look.x,
-        look.y,
-        sources,
-        attack=look.attack,
-        seed=look.seed,
-        progress=look.part("other values"),
-    )
+    about: dict[str, Any] = {"attack": look.attack, "seed": look.seed}
+    progress, results = look.part("other values"), []
+    whole: Mapping[str, Quality] = {}
+    for place, (name, state) in enumerate(sources.items()):
+        moved = {group: one.selector for group, one in groups.items() if _moved(one, state)}
+
+        def advance(what: str, done: int, total: int, place: int = place) -> None:
+            progress(what, place * total + done, len(sources) * total)
+
+        if moved:
+            one = analysis.criticality(look.model, moved, look.x, look.y, {name: state}, **about, progress=advance)
+            named = (replace(row, names=groups[row.group].names) for row in one.results)
+            results, whole = [*results, *named], one.whole
+    found = analysis.Criticality(whole, tuple(results))
     rows = tidy("replaced", found.rows())
     payload: dict[str, Any] = {
         "whole": encoded({kind: asdict(quality) for kind, quality in found.whole.items()}),
@@ -229,7 +233,7 @@ def _criticality(look: Look) -> Found:
     }
     numbers: list[Number] = []
     scores = {}
-    for source in sources:
+    for source in dict.fromkeys(row.source for row in results):
         most = max(found.of(source), key=lambda row: row.robust_accuracy_drop or 0.0)
         numbers += [
             number(f"most lost, {source}: group", most.group, "name"),
@@ -497,6 +501,16 @@ def _crafted(look: Look) -> Tensor:
 
 def _groups(look: Look, usual: str = "") -> dict[str, Group]:
     return bind_groups(look.model, parts_of(look.model, look.select, usual), look.x[:2])
+
+
+def _moved(group: Group, state: Mapping[str, Tensor]) -> bool:
+    """Tell whether a group differs in any entry from another state; one that was frozen since needs no measurement."""
+    entries = group.selection.inventory.entries
+    for name, mask in group.selection.parts.items():
+        differs = entries[name].tensor.detach().cpu() != state[name].cpu()
+        if bool((differs if mask is None else differs & mask.cpu()).any()):
+            return True
+    return False
 
 
 def _named(groups: Any) -> bool:

@@ -1,0 +1,439 @@
+"""Looking inside: the section of a report with what the analyses of its nets found, a table and figures for each.
+
+A figure is the plot of the analysis' own result object, set for the width of a phone, with what its docstring says of how
+to read it. Norm layers are drawn across arms instead: one arm at a time they are in the section about them already.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from robustlayers.report import loupe, style
+from robustlayers.report.figures import Drawing
+from robustlayers.report.svg import to_svg
+from robustlayers.report.tables import Cell, Column, Table
+from robustlayers.report.wording import listing, plural, slugs
+from robustlayers.study.analyses import ANALYSES, Analysis
+from robustlayers.study.analyzed import number_text
+from robustlayers.study.summary import Analyzed, Summary
+
+__all__ = ["Inside", "Panel", "gather", "how_to_read"]
+
+WIDTH = 352.0
+_LIGHT, _DARK = "#fefefe", "#010101"  # on shades that do not change with the reader's scheme
+_NAME = 20  # letters of an arm's name on an axis
+
+Draw = Callable[[Any, Axes, Analyzed], None]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Figures of one kind, one for each net or pair of nets, and how to read them."""
+
+    title: str
+    caption: str
+    drawings: Sequence[Drawing]
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What one analysis found, under one setting."""
+
+    name: str
+    title: str
+    text: str
+    setting: str
+    tables: Sequence[Table]
+    panels: Sequence[Panel]
+
+
+def gather(summary: Summary) -> list[Inside]:
+    """Return one part for each analysis and setting, in the order of the registry; figures are of the first seed."""
+    found = []
+    for name, one in ANALYSES.items():
+        settings: dict[tuple[Any, ...], list[Analyzed]] = {}
+        for result in summary.analyses:
+            if result.analysis == name:
+                key = (result.checkpoint, result.images, result.attack, result.select)
+                settings.setdefault(key, []).append(result)
+        for place, results in enumerate(settings.values(), start=1):
+            found.append(_inside(summary, one, results, f"-{place}" if len(settings) > 1 else ""))
+    return found
+
+
+def how_to_read(of: object) -> str:
+    """Return what a docstring says after `How to read it:`, up to the end of that paragraph, on one line.
+
+    >>> def plot():
+    ...     '''Draw it.
+    ...
+    ...     How to read it: a bright square
+    ...     is good.
+    ...     '''
+    >>> how_to_read(plot)
+    'How to read it: a bright square is good.'
+    """
+    match = re.search(r"How to read it:.*?(?=\n\s*\n|\Z)", inspect.getdoc(of) or "", re.DOTALL)
+    return " ".join(match[0].replace("`", "").split()) if match else ""
+
+
+def _inside(summary: Summary, one: Analysis, results: Sequence[Analyzed], suffix: str) -> Inside:
+    first = results[0]
+    seeds = sorted({result.seed for result in results})
+    shown = [result for result in results if result.seed == seeds[0]]
+    parts = [f"{plural(first.images, 'validation image')}"] if first.images else []
+    parts += [first.attack] if "attack" in one.uses else []
+    parts += [f"layers: {first.select}"] if first.select else []
+    parts += [f"checkpoint {first.checkpoint}", f"seed {listing(seeds)}"]
+    setting = "; ".join(parts) + (f"; figures of seed {seeds[0]}." if len(seeds) > 1 else ".")
+    tables = [
+        _table(one, [result for result in results if bool(result.against) == pairs], pairs)
+        for pairs in (False, True)
+        if any(bool(result.against) == pairs for result in results)
+    ]
+    panels = _norms(summary, shown, suffix) if one.name == "norms" else _panels(summary, one, shown, suffix)
+    return Inside(one.name, one.title, one.text, setting, tables, panels)
+
+
+def _table(one: Analysis, results: Sequence[Analyzed], pairs: bool) -> Table:
+    """Return the headline numbers: a row for each net or pair, means over seeds."""
+    labels = list(dict.fromkeys(_general(n["label"], r) for r in results for n in r.numbers))
+    nets = list(dict.fromkeys((result.arm, result.against) for result in results))
+    blocks = []
+    for arm, against in nets:
+        mine = [result for result in results if (result.arm, result.against) == (arm, against)]
+        cells: list[Cell | None] = [Cell(arm, kind="arm"), *([Cell(against)] if pairs else [])]
+        for label in labels:
+            cells.append(_cell([n for result in mine for n in result.numbers if _general(n["label"], result) == label]))
+        blocks.append([cells])
+    heads = [Column("Arm"), *([Column("Against")] if pairs else [])]
+    numeric = {_general(n["label"], r): n["unit"] != "name" for r in results for n in r.numbers}
+    return Table("inside", "", [*heads, *(Column(label, numeric[label]) for label in labels)], blocks, len(nets) > 1)
+
+
+def _general(label: Any, result: Analyzed) -> str:
+    """Return a label without the names of the arms, so that pairs share their columns."""
+    if not result.against:
+        return str(label)
+    text = str(label).replace(f"into {result.arm} from {result.against}", "into the arm")
+    text = text.replace(f"into {result.against} from {result.arm}", "into the other")
+    return text.replace(f"won in {result.arm}", "won in the arm").replace(
+        f"won in {result.against}", "won in the other"
+    )
+
+
+def _cell(numbers: Sequence[Mapping[str, Any]]) -> Cell:
+    values = [one["value"] for one in numbers if one["value"] is not None]
+    if not values:
+        return Cell("–")
+    n = f"n = {len(values)}" if len(values) > 1 else ""
+    if isinstance(values[0], str):
+        word, often = Counter(values).most_common(1)[0]
+        return Cell(word, f"{often} of {n}" if n else "", kind="code")
+    mean = math.fsum(values) / len(values)
+    ends = [number_text({**numbers[0], "value": value}) for value in (min(values), max(values))]
+    return Cell(number_text({**numbers[0], "value": mean}), f"{ends[0]} to {ends[1]}, {n}" if n else "", mean)
+
+
+# Figures of one net, or of a pair -------------------------------------------------------------------------------------
+
+
+def _panels(summary: Summary, one: Analysis, shown: Sequence[Analyzed], suffix: str) -> list[Panel]:
+    slug = dict(zip([arm.name for arm in summary.arms], slugs([arm.name for arm in summary.arms]), strict=True))
+    kinds: dict[str, list[tuple[Analyzed, Any]]] = {}
+    for result in shown:
+        for key, found in one.load(result.payload, result.arrays).items():
+            kinds.setdefault(("between " if result.against else "") + key, []).append((result, found))
+    panels = []
+    for kind, pairs in kinds.items():
+        key = kind.removeprefix("between ")
+        drawings = []
+        for result, found in pairs:
+            title = f"{result.arm} against {result.against}" if result.against else result.arm
+            name = "-".join(
+                ["inside", one.name, slugs([key])[0], slug.get(result.arm, "arm")]
+                + (["against", slug.get(result.against, "arm")] if result.against else [])
+            )
+            drawings.append(_drawn(one.name, key, found, result, name + suffix, title))
+        some = pairs[0][1]
+        caption = _CAPTIONS.get((one.name, key)) or how_to_read(type(some).plot) or how_to_read(type(some))
+        panels.append(Panel(_title(one.name, key, bool(pairs[0][0].against)), caption, drawings))
+    return panels
+
+
+# What the second and third heat map add to how the first one is read.
+_CAPTIONS = {
+    (
+        "cka",
+        "attacked",
+    ): "Read as above: rows are layers on clean images, columns the same net's layers on attacked ones. "
+    "The diagonal turns dark where the attack changes what is represented.",
+    (
+        "cka",
+        "between",
+    ): "Read as above: rows are layers of the arm, columns those of the other one, on the same images. "
+    "The diagonal turns dark where the two nets part.",
+    (
+        "transplant",
+        "re-estimated",
+    ): "Read as above, with all running statistics estimated anew after each transplant: what "
+    "fails here fails for other reasons than statistics that do not fit.",
+    ("interpolation", "re-estimated"): "Read as above, with all running statistics estimated anew at each position.",
+}
+
+_TITLES = {
+    ("cka", "clean"): "Layer with layer, on clean images",
+    ("cka", "attacked"): "Clean with attacked images",
+    ("cka", "between"): "Two arms, on clean images",
+    ("signal", "ratio"): "Perturbation to signal, layer by layer",
+    ("signal", "amplification"): "Amplification by norm layers",
+    ("criticality", "worst case"): "The worst weights nearby",
+    ("transplant", "kept"): "Statistics as they came",
+    ("transplant", "re-estimated"): "Statistics estimated anew",
+    ("interpolation", "lines"): "From initial to trained, part by part",
+    ("interpolation", "sharpness"): "Sharpness of each part",
+    ("interpolation", "kept"): "Between two arms, statistics on the line",
+    ("interpolation", "re-estimated"): "Between two arms, statistics estimated anew",
+    ("overfitting", "gaps"): "Train minus validation",
+    ("probes", "probes"): "Accuracy of probes",
+}
+
+
+def _title(analysis: str, key: str, pair: bool) -> str:
+    return _TITLES.get((analysis, key), f"Values from: {key}")
+
+
+def _drawn(analysis: str, key: str, found: Any, result: Analyzed, name: str, title: str) -> Drawing:
+    with style.drawing():
+        figure = _empty(_height(analysis, key, found), title)
+        axes = figure.add_subplot()
+        found.plot(axes)
+        _settle(analysis, key, axes, result)
+        for one in figure.axes:
+            _fix(one)
+        text = to_svg(figure)
+    rows = [row for row in result.rows if _belongs(analysis, key, row)] or list(result.rows)
+    return Drawing(name=name, title=title, caption="", data=[_flat(row) for row in rows], svg=text)
+
+
+def _empty(height: float, title: str) -> Figure:
+    figure = style.figure(WIDTH, height)
+    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04)
+    figure.suptitle(
+        style.plain(title, 44), x=0.0, ha="left", fontweight="bold", fontsize=style.FONT_SIZE + 1, parse_math=False
+    )
+    return figure
+
+
+def _height(analysis: str, key: str, found: Any) -> float:
+    if analysis == "cka":
+        return 300.0 if key == "clean" else 312.0
+    if key == "ratio":
+        return 120.0 + max(9.0, min(16.0, 480 / len(found.layers))) * len(found.layers)
+    if key == "amplification":
+        return 110.0 + 17.0 * len(found.layers)
+    if analysis == "criticality" or key == "sharpness":
+        return 118.0 + 17.0 * len(found.results)
+    if analysis == "transplant":
+        return 110.0 + 22.0 * len({row.group for row in found.results})
+    return 300.0
+
+
+def _settle(analysis: str, key: str, axes: Axes, result: Analyzed) -> None:
+    """Say on the axes what the plot alone cannot know, and keep what fits a narrow figure."""
+    if analysis == "cka":
+        axes.grid(visible=False)
+        sides = {"clean": ("", ""), "attacked": ("clean", "attacked")}.get(key, (result.arm, result.against))
+        for bar in (one for one in axes.figure.axes if one is not axes):
+            bar.set_ylabel("CKA, 1: same representation", fontsize=style.FONT_SIZE - 1)
+        axes.set_ylabel(style.plain(sides[0], _NAME), parse_math=False)
+        axes.set_xlabel(style.plain(sides[1], _NAME), parse_math=False)
+    elif analysis == "transplant":
+        axes.grid(visible=False)
+        axes.set_title("")
+        for label in axes.get_xticklabels():
+            label.set_parse_math(False)
+            kind, _, host = label.get_text().partition("\nin ")
+            label.set_text(f"{kind.rstrip(',')}, %\nin {style.plain(host, 12)}")
+        axes.set_xticks(axes.get_xticks(), axes.get_xticklabels())
+    elif analysis == "criticality" or key in ("sharpness", "amplification"):
+        axes.grid(axis="y", visible=False)
+        _numbers(axes)
+    elif key in ("kept", "re-estimated", "lines"):
+        end = f"0 {result.against or 'initial'}, 1 {result.arm}"
+        axes.set_xlabel(f"position: {style.plain(end, 44)}", parse_math=False)
+
+
+def _numbers(axes: Axes) -> None:
+    """Write plain numbers on a scale that is logarithmic but around zero, no more of them than can be read."""
+    if axes.get_xscale() != "symlog":
+        return
+    low, high = axes.get_xlim()
+    marks = [tick for tick in axes.xaxis.get_majorticklocs() if low <= tick <= high]
+    step = -(-len(marks) // 5)
+    axes.xaxis.set_major_locator(FixedLocator([tick for place, tick in enumerate(marks) if place % step == 0]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _fix(axes: Axes) -> None:
+    """Keep white and black on shades as they are, in every scheme: they would else follow the paper."""
+    shaded = bool(axes.images)
+    for text in axes.texts:
+        if shaded:
+            text.set_color(_LIGHT if to_hex(text.get_color()) == "#ffffff" else _DARK)
+    for line in axes.lines:
+        if shaded and to_hex(line.get_color()) == "#ffffff":
+            line.set_color(_LIGHT)
+
+
+def _belongs(analysis: str, key: str, row: Mapping[str, Any]) -> bool:
+    """Tell whether a row is about one kind of figure."""
+    part = row["part"]
+    if analysis == "criticality":
+        return part == key or row.get("source") == key
+    if analysis in ("transplant", "interpolation") and key in ("kept", "re-estimated"):
+        return row.get("statistics") == key
+    return part == {"lines": "line", "gaps": "gap", "probes": "probe"}.get(key, key)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(row)
+
+
+# Norm layers across arms ----------------------------------------------------------------------------------------------
+
+_NORM_PANELS = (
+    ("", "dead_share", "Dead channels, %", 100.0),
+    ("clean", "kl_mean", "Distance, clean images", 1.0),
+    ("adversarial", "kl_mean", "Distance, attacked images", 1.0),
+    ("", "lipschitz_median", "Stretch |γ| / σ, median", 1.0),
+)
+_NORM_CAPTION = (
+    "How to read it: norm layers in execution order from left to right, a line for each arm. Distance is the symmetric KL "
+    "divergence of the running statistics from those of the layer's inputs in that pass: where an arm's line lies high, its "
+    "statistics do not fit these images."
+)
+_TIME_CAPTION = (
+    "How to read it: the mean over all norm layers at each moment of training that was kept, from the untrained net to the "
+    "net as it is. A distance on attacked images that falls while that on clean ones rises is a net whose statistics move "
+    "over to the attack."
+)
+
+
+def _norms(summary: Summary, shown: Sequence[Analyzed], suffix: str) -> list[Panel]:
+    place = {arm.name: index for index, arm in enumerate(summary.arms)}
+    rows = [{"arm": result.arm, **row} for result in shown for row in result.rows]
+    layers = list(dict.fromkeys(str(row["layer"]) for row in rows if row["layer"] != "all"))
+    arms = [result.arm for result in shown]
+    now = {arm: loupe.means([row for row in rows if row["arm"] == arm and row["moment"] == "now"]) for arm in arms}
+    with style.drawing():
+        text = to_svg(_across(arms, place, layers, now))
+    panels = [
+        Panel(
+            "Layer by layer",
+            _NORM_CAPTION,
+            [Drawing(f"inside-norms-layers{suffix}", "All arms", "", [r for r in rows if r["moment"] == "now"], text)],
+        )
+    ]
+    moments = {arm: list(dict.fromkeys(str(row["moment"]) for row in rows if row["arm"] == arm)) for arm in arms}
+    if all(len(names) > 1 for names in moments.values()):
+        with style.drawing():
+            text = to_svg(_over_time(arms, place, moments, rows))
+        data = [row for row in rows if row["layer"] == "all"]
+        panels.append(
+            Panel("Over time", _TIME_CAPTION, [Drawing(f"inside-norms-time{suffix}", "Over time", "", data, text)])
+        )
+    return panels
+
+
+def _across(
+    arms: Sequence[str], place: Mapping[str, int], layers: Sequence[str], now: Mapping[str, Mapping[Any, float]]
+) -> Figure:
+    kinds = [k for k in _NORM_PANELS if any((layer, k[0], k[1]) in now[arm] for arm in arms for layer in layers)]
+    figure = _empty(70.0 + 108.0 * len(kinds) + 16 * math.ceil(len(arms) / 2), "Norm layers of all arms")
+    grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (shown, metric, head, scale) in zip(grid, kinds, strict=True):
+        for arm in arms:
+            found = [(x, now[arm].get((layer, shown, metric))) for x, layer in enumerate(layers)]
+            _line(axes, arm, place[arm], [(x, scale * value) for x, value in found if value is not None])
+        _head(axes, head, metric)
+    names = layers if len(layers) <= 16 else [str(number + 1) for number in range(len(layers))]
+    step = -(-len(layers) // 16)
+    marks = range(0, len(layers), step)
+    grid[-1].set_xticks(list(marks), [style.plain(names[x], 26) for x in marks], rotation=90, parse_math=False)
+    _legend(figure, grid[0], arms)
+    return figure
+
+
+def _over_time(
+    arms: Sequence[str],
+    place: Mapping[str, int],
+    moments: Mapping[str, Sequence[str]],
+    rows: Sequence[Mapping[str, Any]],
+) -> Figure:
+    whole = {
+        (row["arm"], row["moment"], row["pass"], row["metric"]): row["value"] for row in rows if row["layer"] == "all"
+    }
+    kinds = [kind for kind in _NORM_PANELS if any(key[2:] == kind[:2] for key in whole)]
+    names = max(moments.values(), key=len)
+    figure = _empty(90.0 + 108.0 * len(kinds) + 16 * math.ceil(len(arms) / 2), "All norm layers together")
+    grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (shown, metric, head, scale) in zip(grid, kinds, strict=True):
+        for arm in arms:
+            # The net as it is stands last, also where an arm has fewer moments.
+            at = {moment: x for x, moment in enumerate(names)} | {"now": len(names) - 1}
+            points = [(at[m], whole.get((arm, m, shown, metric))) for m in moments[arm] if m in at]
+            _line(axes, arm, place[arm], [(x, scale * value) for x, value in points if value is not None])
+        _head(axes, head, metric)
+    grid[-1].set_xticks(range(len(names)), [style.plain(name, 18) for name in names], parse_math=False)
+    if len(names) > 3:
+        grid[-1].tick_params(axis="x", rotation=90)
+    _legend(figure, grid[0], arms)
+    return figure
+
+
+def _line(axes: Axes, arm: str, position: int, points: Sequence[tuple[float, float]]) -> None:
+    axes.plot(
+        [x for x, _ in points], [y for _, y in points], color=style.color(position), marker=style.marker(position),
+        markersize=4.5, markeredgewidth=0, linewidth=1.3, label=arm,
+    )  # fmt: skip
+
+
+def _head(axes: Axes, head: str, metric: str) -> None:
+    axes.set_title(head, loc="left", fontsize=style.FONT_SIZE)
+    values = [value for line in axes.lines for value in line.get_ydata() if value > 0]  # type: ignore[union-attr]
+    if metric != "dead_share" and values:
+        axes.set_yscale("log")
+        low, high = math.log10(min(values)), math.log10(max(values))
+        if high - low < 1:
+            low, high = (low + high) / 2 - 0.5, (low + high) / 2 + 0.5
+        axes.set_ylim(10 ** (low - 0.1), 10 ** (high + 0.1))
+        marks = range(math.ceil(low - 0.1), math.floor(high + 0.1) + 1)
+        step = -(-len(marks) // 3)
+        axes.yaxis.set_major_locator(FixedLocator([10.0**exponent for exponent in marks[::step]]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.set_ylim(0, max(5.0, 1.1 * max(values, default=0.0)))
+
+
+def _legend(figure: Figure, axes: Axes, arms: Sequence[str]) -> None:
+    handles, _ = axes.get_legend_handles_labels()
+    legend = figure.legend(
+        handles, [style.plain(arm, _NAME) for arm in arms], loc="outside upper left", ncols=2, frameon=False,
+        fontsize=style.FONT_SIZE - 1,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)
