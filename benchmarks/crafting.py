@@ -70,7 +70,9 @@ def equally_strong(task: Task, forwards: dict[str, CraftingForward], steps: int)
     return eps, {name: int(right.sum()) for name, right in left.items()}
 
 
-def measure(task: Task, rounds: int, steps: int, clock: Callable[[], float], device: torch.device) -> list[list[object]]:
+def measure(
+    task: Task, rounds: int, steps: int, clock: Callable[[], float], device: torch.device
+) -> list[list[object]]:
     """Return the rows of one network."""
     forwards = {name: rl.crafting_forward(task.model, **settings) for name, settings in OURS.items()}  # pyright: ignore[reportArgumentType]
     chosen = forwards["ours, auto"].settle(task.x)
@@ -88,7 +90,7 @@ def measure(task: Task, rounds: int, steps: int, clock: Callable[[], float], dev
     for name, seconds in spent.items():
         ratio = measuring.ratio(spent[fastest], seconds) if fastest else None
         shown = name if name != "ours, auto" else f"ours, auto ({chosen.name})"
-        least = WANTED.get((task.name, name.removeprefix("ours, ")), "")
+        least = WANTED.get((task.name, name.removeprefix("ours, ")))
         rows.append(
             [
                 str(task),
@@ -96,7 +98,7 @@ def measure(task: Task, rounds: int, steps: int, clock: Callable[[], float], dev
                 measuring.spread(seconds).text(3),
                 f"{len(task.y) / middle[name]:.0f}",
                 "" if ratio is None else ratio.text(),
-                least and f"{least} {'met' if ratio and ratio.median >= least else 'not met'}",
+                "" if least is None else f"{least} {'met' if ratio and ratio.median >= least else 'not met'}",
                 f"{left[name]} at eps {255 * eps:.2g}/255",
             ]
         )
@@ -154,7 +156,13 @@ def main() -> None:
         rows += measure(task, arguments.rounds, arguments.steps, clock, device)
         if hasattr(os, "getloadavg"):
             print(f"<!-- load {os.getloadavg()[0]:.1f} -->", flush=True)
-    columns = ["network, images", "PGD of", "s (quartiles)", "images/s", "times as fast as the fastest peer (quartiles)"]
+    columns = [
+        "network, images",
+        "PGD of",
+        "s (quartiles)",
+        "images/s",
+        "times as fast as the fastest peer (quartiles)",
+    ]
     speed = measuring.table([*columns, "at least", "images left"], rows)
     pairs = ["folded to plain, both float64", "folded to plain", "folded to plain float64", "plain to plain float64"]
     against = ["network, images", *pairs]

@@ -46,7 +46,7 @@ def matrix_rate(device: torch.device, seconds: float = 1.0) -> float:
             _wait(device)
             began = time.perf_counter()
             for _ in range(repeats):
-                a @ b
+                torch.matmul(a, b)
             _wait(device)
             spent = time.perf_counter() - began
         best = max(best, 2 * side**3 * repeats / spent)
@@ -204,7 +204,7 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     head = measuring.machine(arguments)
     rate = matrix_rate(torch.device(arguments.device))
-    print(f"{head}; bf16 matrix products: {rate / 1e12:.1f} TFLOP/s", flush=True)
+    print(f"{head}; bf16 matrix products: {rate / 1e12:.3g} TFLOP/s", flush=True)
     rows = []
     for name in arguments.networks:
         for batch in arguments.batch:
@@ -213,7 +213,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 print(row, flush=True)
     columns = ["network", "batch", "what", "of", "images/s (quartiles)", "times as fast (quartiles)"]
     speed = measuring.table([*columns, "share of the matrix rate", f"s for {EPOCH:,} images"], rows)
-    text = f"PGD-{arguments.steps}. {head}; bf16 matrix products: {rate / 1e12:.1f} TFLOP/s.\n\n{speed}"
+    text = f"PGD-{arguments.steps}. {head}; bf16 matrix products: {rate / 1e12:.3g} TFLOP/s.\n\n{speed}"
     measuring.publish("gpu", text, write=arguments.write)
 
 

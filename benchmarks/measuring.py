@@ -136,12 +136,13 @@ def half_broken(model: nn.Module, x: Tensor, y: Tensor, steps: int = 5) -> float
     forward = rl.crafting_forward(model)
     right = int(robust(model, x, y).sum())
     low, high = 1e-6, 16 / 255
+    eps = (low * high) ** 0.5
     for _ in range(10):
-        eps = (low * high) ** 0.5
         left = int(robust(model, rl.PGD(rl.Linf(eps), steps=steps, keep="last")(forward, x, y), y).sum())
         if 0.4 * right <= left <= 0.6 * right:
             break
         low, high = (eps, high) if left > right / 2 else (low, eps)
+        eps = (low * high) ** 0.5
     return eps
 
 
@@ -173,7 +174,12 @@ def pretrained(data: Path, count: int, device: torch.device) -> Task:
 
 
 def synthetic(
-    name: str, family: str, settings: Mapping[str, int], count: int, device: torch.device, shape: Sequence[int] = (3, 32, 32)
+    name: str,
+    family: str,
+    settings: Mapping[str, int],
+    count: int,
+    device: torch.device,
+    shape: Sequence[int] = (3, 32, 32),
 ) -> Task:
     """Return a new network with statistics of its own, and random images labeled by its predictions."""
     generator = torch.Generator().manual_seed(0)
@@ -246,7 +252,7 @@ def publish(name: str, text: str, *, write: bool, page: Path = PAGE) -> None:
         return
     begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
     before, mark, rest = page.read_text(encoding="utf-8").partition(begin)
-    old, closing, after = rest.partition(end)
+    _, closing, after = rest.partition(end)
     if not (mark and closing):
         raise SystemExit(f"{page}: holds no lines {begin} and {end} to write between")
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

@@ -85,7 +85,13 @@ def _stand_in(name: str) -> None:
 
 
 def torchattacks_style_pgd(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, step_size: float, steps: int, seed: torch.Generator | None = None
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    step_size: float,
+    steps: int,
+    seed: torch.Generator | None = None,
 ) -> Tensor:
     """Return PGD's last iterate as most loops write it: parameters want gradients, every step makes new tensors."""
     start = torch.empty_like(x).uniform_(-eps, eps, generator=seed)

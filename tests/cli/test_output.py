@@ -210,12 +210,21 @@ def test_rows_have_the_documented_columns_and_one_line_for_each_number(ran: Path
     assert (code, err) == (0, "")
     table = list(csv.DictReader(io.StringIO(out)))
     assert out.splitlines()[0].split(",") == COLUMNS
+    ledger = [row for row in table if row["phase"]]
+    norms = [row for row in table if row["metric"].startswith("norm_")]
+    table = [row for row in table if row not in ledger and row not in norms]
+    assert {row["hash_before"] == row["hash_after"] for row in ledger if row["group"] == "rest"} == {True}
+    assert {row["metric"] for row in ledger} >= {"moved_parameters", "relative_l2", "effective_lr", "gradient_passes"}
+    assert {row["metric"] for row in norms} >= {"norm_dead_share", "norm_kl_mean_clean", "norm_kl_mean_adversarial"}
     keys = {(row["run"], row["seed"], row["checkpoint"], row["metric"]) for row in table}
     metrics = [
         "clean",
         "pgd-1",
         "fgsm",
         "robust",
+        "clean_lowest_class",
+        "robust_lowest_class",
+        "ece",
         "train_clean",
         "train_robust",
         "validation_clean",
@@ -231,7 +240,7 @@ def test_rows_have_the_documented_columns_and_one_line_for_each_number(ran: Path
         if row["total"]:
             assert value == int(row["count"]) / int(row["total"]) and row["split"] == "test"
         assert bool(row["attack"]) == (
-            row["metric"] in {"pgd-1", "fgsm", "robust", "train_robust", "validation_robust"}
+            row["metric"] in {"pgd-1", "fgsm", "robust", "robust_lowest_class", "train_robust", "validation_robust"}
         )
     assert (ran / "report" / "rows.csv").read_text() == out
 

@@ -143,7 +143,10 @@ def _show(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
         for _, record in results:
             if record["analysis"] == name:
                 other = f" against {record['against']}" if record["against"] else ""
-                numbers = "; ".join(f"{one['label']} {number_text(one)}" for one in record["numbers"])
+                numbers = "; ".join(
+                    f"{one['label']} {number_text(one)}" + (f" ({one['note']})" if one["note"] else "")
+                    for one in record["numbers"]
+                )
                 print(f"{name}: {record['arm']}{other}, seed {record['seed']}: {numbers}")
 
 

@@ -60,6 +60,11 @@ def evaluate(
         tyro.conf.UseAppendAction,
         tyro.conf.arg(metavar="OLD=NEW", help="a name, or the start of names, in the file of weights"),
     ] = (),
+    sanity: Annotated[
+        bool,
+        tyro.conf.FlagCreatePairsOff,
+        tyro.conf.arg(help="also try every sign of a misleading number, on the first 100 images; pictures with --out"),
+    ] = False,
     trust: Trust = False,
     seed: Annotated[int, tyro.conf.arg(help="of the attacks' random draws")] = 0,
     batch_size: Annotated[int | None, tyro.conf.arg(help="changes the time only")] = None,
@@ -70,7 +75,8 @@ def evaluate(
     """Attack a model and print its accuracies; with --out it can be killed at any moment, the same command goes on."""
     import torch
 
-    from robustlayers.cli.evaluated import rows_of, show, write
+    from robustlayers import evaluation
+    from robustlayers.cli.evaluated import rows_of, show, write, write_sanity
     from robustlayers.cli.subject import Asked, subject_of
     from robustlayers.core.device import pick_device
     from robustlayers.core.errors import Fault, UserError
@@ -114,10 +120,19 @@ def evaluate(
     raised = flags(subject.model, test.images[:_FLAGGED], test.labels[:_FLAGGED], threat)
     verdicts = {name: found.robust for name, found in outcomes.items()}
     raised += [text for name in verdicts if name.startswith(_FINAL) for text in beyond_final(verdicts, name)]
+    checked = None
+    if sanity:
+        some = test.images[:_FLAGGED], test.labels[:_FLAGGED]
+        checked = evaluation.sanity(subject.model, *some, threat, seed=seed)
+        raised += [text for text in checked.flags if text not in raised]
     rows = list(rows_of(subject, outcomes, seed, raised))
     if out is not None:
+        if checked is not None:
+            write_sanity(out, checked)
         write(out, rows, outcomes, seed, raised)
     show(subject, rows, outcomes, raised)
+    if checked is not None:
+        print(checked)
     return 0
 
 

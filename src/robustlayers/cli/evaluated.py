@@ -18,10 +18,10 @@ from robustlayers.cli.plan import duration_text
 from robustlayers.cli.subject import Subject
 from robustlayers.core.device import versions
 from robustlayers.core.files import write_json, write_manifest, write_text
-from robustlayers.evaluation import per_class
+from robustlayers.evaluation import SanityReport, per_class
 from robustlayers.evaluation.cascade import Outcome, Turn
 
-__all__ = ["COLUMNS", "part_of", "rows_of", "show", "write"]
+__all__ = ["COLUMNS", "part_of", "rows_of", "show", "write", "write_sanity"]
 
 _NAMED = ("model", "weights", "arm", "run_seed", "phase", "checkpoint", "data")
 _MEASURED = ("metric", "class", "value", "low", "high", "count", "total", "split", "threat", "attack", "normalization")
@@ -103,6 +103,16 @@ def write(
     }
     write_json(out / "result.json", facts)
     write_manifest(out, {"kind": "evaluation"})
+
+
+def write_sanity(out: Path, report: SanityReport) -> None:
+    """Write the rows of a check for misleading numbers, and its pictures: accuracy against eps and against steps."""
+    write_json(out / "sanity.json", {"flags": list(report.flags), "rows": report.rows()})
+    for name, curve in (("eps", report.by_eps), ("steps", report.by_steps)):
+        if curve is not None:
+            drawn = io.BytesIO()
+            curve.plot().figure.savefig(drawn, format="svg")
+            write_text(out / f"sanity-{name}.svg", drawn.getvalue().decode())
 
 
 def show(

@@ -23,7 +23,7 @@ from robustlayers.report import loupe, style
 from robustlayers.report.figures import Drawing
 from robustlayers.report.svg import to_svg
 from robustlayers.report.tables import Cell, Column, Table
-from robustlayers.report.wording import listing, plural, slugs
+from robustlayers.report.wording import listing, plural, sentence, slugs
 from robustlayers.study.analyses import ANALYSES, Analysis
 from robustlayers.study.analyzed import number_text
 from robustlayers.study.summary import Analyzed, Summary
@@ -85,7 +85,10 @@ def how_to_read(of: object) -> str:
     'How to read it: a bright square is good.'
     """
     match = re.search(r"How to read it:.*?(?=\n\s*\n|\Z)", inspect.getdoc(of) or "", re.DOTALL)
-    return " ".join(match[0].replace("`", "").split()) if match else ""
+    if not match:
+        return ""
+    plain = re.sub(r"`([^`]*)`", lambda name: name[1].replace("_", " "), match[0])
+    return " ".join(plain.split())
 
 
 def _inside(summary: Summary, one: Analysis, results: Sequence[Analyzed], suffix: str) -> Inside:
@@ -93,10 +96,10 @@ def _inside(summary: Summary, one: Analysis, results: Sequence[Analyzed], suffix
     seeds = sorted({result.seed for result in results})
     shown = [result for result in results if result.seed == seeds[0]]
     parts = [f"{plural(first.images, 'validation image')}"] if first.images else []
-    parts += [first.attack] if "attack" in one.uses else []
+    parts.append(first.attack)
     parts += [f"layers: {first.select}"] if first.select else []
     parts += [f"checkpoint {first.checkpoint}", f"seed {listing(seeds)}"]
-    setting = "; ".join(parts) + (f"; figures of seed {seeds[0]}." if len(seeds) > 1 else ".")
+    setting = sentence("; ".join(parts)) + (f"; figures of seed {seeds[0]}." if len(seeds) > 1 else ".")
     tables = [
         _table(one, [result for result in results if bool(result.against) == pairs], pairs)
         for pairs in (False, True)
@@ -118,32 +121,30 @@ def _table(one: Analysis, results: Sequence[Analyzed], pairs: bool) -> Table:
             cells.append(_cell([n for result in mine for n in result.numbers if _general(n["label"], result) == label]))
         blocks.append([cells])
     heads = [Column("Arm"), *([Column("Against")] if pairs else [])]
-    numeric = {_general(n["label"], r): n["unit"] != "name" for r in results for n in r.numbers}
-    return Table("inside", "", [*heads, *(Column(label, numeric[label]) for label in labels)], blocks, len(nets) > 1)
+    caption = "Means over seeds, with the smallest and the largest." if len({r.seed for r in results}) > 1 else ""
+    return Table("inside", caption, [*heads, *(Column(label, True) for label in labels)], blocks, len(nets) > 1)
 
 
 def _general(label: Any, result: Analyzed) -> str:
     """Return a label without the names of the arms, so that pairs share their columns."""
     if not result.against:
         return str(label)
-    text = str(label).replace(f"into {result.arm} from {result.against}", "into the arm")
-    text = text.replace(f"into {result.against} from {result.arm}", "into the other")
-    return text.replace(f"won in {result.arm}", "won in the arm").replace(
-        f"won in {result.against}", "won in the other"
-    )
+    text = str(label).replace(f"in {result.arm} from {result.against}", "in the arm, from the other")
+    return text.replace(f"in {result.against} from {result.arm}", "in the other, from the arm")
 
 
 def _cell(numbers: Sequence[Mapping[str, Any]]) -> Cell:
-    values = [one["value"] for one in numbers if one["value"] is not None]
-    if not values:
+    known = [one for one in numbers if one["value"] is not None]
+    if not known:
         return Cell("–")
-    n = f"n = {len(values)}" if len(values) > 1 else ""
-    if isinstance(values[0], str):
-        word, often = Counter(values).most_common(1)[0]
-        return Cell(word, f"{often} of {n}" if n else "", kind="code")
+    values = [one["value"] for one in known]
+    word, often = Counter(one["note"] for one in known).most_common(1)[0]
+    if len(known) == 1:
+        return Cell(number_text(known[0]), word, values[0])
+    notes = [f"{word} in {often} of {len(known)}"] if word else []
     mean = math.fsum(values) / len(values)
-    ends = [number_text({**numbers[0], "value": value}) for value in (min(values), max(values))]
-    return Cell(number_text({**numbers[0], "value": mean}), f"{ends[0]} to {ends[1]}, {n}" if n else "", mean)
+    texts = [number_text({**known[0], "value": value}) for value in (mean, min(values), max(values))]
+    return Cell(texts[0], "; ".join([f"{texts[1]} to {texts[2]}, n = {len(known)}", *notes]), mean)
 
 
 # Figures of one net, or of a pair -------------------------------------------------------------------------------------
@@ -167,51 +168,64 @@ def _panels(summary: Summary, one: Analysis, shown: Sequence[Analyzed], suffix: 
             )
             drawings.append(_drawn(one.name, key, found, result, name + suffix, title))
         some = pairs[0][1]
-        caption = _CAPTIONS.get((one.name, key)) or how_to_read(type(some).plot) or how_to_read(type(some))
-        panels.append(Panel(_title(one.name, key, bool(pairs[0][0].against)), caption, drawings))
+        title, caption = _KINDS[one.name].get(key) or (f"With values from: {key}", _REWOUND)
+        read = how_to_read(type(some).plot) or how_to_read(type(some))
+        panels.append(Panel(title, caption or read, drawings))
     return panels
 
 
-# What the second and third heat map add to how the first one is read.
-_CAPTIONS = {
-    (
-        "cka",
-        "attacked",
-    ): "Read as above: rows are layers on clean images, columns the same net's layers on attacked ones. "
-    "The diagonal turns dark where the attack changes what is represented.",
-    (
-        "cka",
-        "between",
-    ): "Read as above: rows are layers of the arm, columns those of the other one, on the same images. "
-    "The diagonal turns dark where the two nets part.",
-    (
-        "transplant",
-        "re-estimated",
-    ): "Read as above, with all running statistics estimated anew after each transplant: what "
-    "fails here fails for other reasons than statistics that do not fit.",
-    ("interpolation", "re-estimated"): "Read as above, with all running statistics estimated anew at each position.",
+_REWOUND = (
+    "Read as above, with the values that the group had at that moment; groups that have not moved since are left out. A "
+    "group at zero was by then as good as it got."
+)
+_UNTRAINED = (
+    "How to read it: a group far to the right is critical, since the model needs the values that it learned; one at zero "
+    "could have kept those that training began with."
+)
+_FRESH = "Read as above, with a fresh draw of initial values: a group at zero could hold anything."
+_UNDER_ATTACK = (
+    "Read as above: rows are layers on clean images, columns the same net's layers on attacked ones. The diagonal turns "
+    "dark where the attack changes what is represented."
+)
+_TWO = (
+    "Read as above: rows are layers of the arm, columns those of the other one, on the same images. The diagonal turns "
+    "dark where the two nets part."
+)
+_FITTING = (
+    "Read as above, with all running statistics estimated anew after each transplant: what fails here fails for other "
+    "reasons than statistics that do not fit."
+)
+_ANEW = "Read as above, with all running statistics estimated anew at each position."
+
+# Analysis -> what a figure is drawn from -> its heading, and how to read it where its own docstring does not say it best.
+_KINDS: dict[str, dict[str, tuple[str, str]]] = {
+    "cka": {
+        "clean": ("Layer with layer, on clean images", ""),
+        "attacked": ("Clean with attacked images", _UNDER_ATTACK),
+        "between": ("Two arms, on clean images", _TWO),
+    },
+    "signal": {
+        "ratio": ("Perturbation to signal, layer by layer", ""),
+        "amplification": ("Amplification by norm layers", ""),
+    },
+    "criticality": {
+        "worst case": ("The worst weights nearby", ""),
+        "initial": ("With values from before training", _UNTRAINED),
+        "random": ("With random values", _FRESH),
+    },
+    "transplant": {
+        "kept": ("Statistics as they came", ""),
+        "re-estimated": ("Statistics estimated anew", _FITTING),
+    },
+    "interpolation": {
+        "lines": ("From initial to trained, part by part", ""),
+        "sharpness": ("Sharpness of each part", ""),
+        "kept": ("Between two arms, statistics on the line", ""),
+        "re-estimated": ("Between two arms, statistics estimated anew", _ANEW),
+    },
+    "overfitting": {"gaps": ("Train minus validation", "")},
+    "probes": {"probes": ("Accuracy of probes", "")},
 }
-
-_TITLES = {
-    ("cka", "clean"): "Layer with layer, on clean images",
-    ("cka", "attacked"): "Clean with attacked images",
-    ("cka", "between"): "Two arms, on clean images",
-    ("signal", "ratio"): "Perturbation to signal, layer by layer",
-    ("signal", "amplification"): "Amplification by norm layers",
-    ("criticality", "worst case"): "The worst weights nearby",
-    ("transplant", "kept"): "Statistics as they came",
-    ("transplant", "re-estimated"): "Statistics estimated anew",
-    ("interpolation", "lines"): "From initial to trained, part by part",
-    ("interpolation", "sharpness"): "Sharpness of each part",
-    ("interpolation", "kept"): "Between two arms, statistics on the line",
-    ("interpolation", "re-estimated"): "Between two arms, statistics estimated anew",
-    ("overfitting", "gaps"): "Train minus validation",
-    ("probes", "probes"): "Accuracy of probes",
-}
-
-
-def _title(analysis: str, key: str, pair: bool) -> str:
-    return _TITLES.get((analysis, key), f"Values from: {key}")
 
 
 def _drawn(analysis: str, key: str, found: Any, result: Analyzed, name: str, title: str) -> Drawing:
@@ -230,9 +244,10 @@ def _drawn(analysis: str, key: str, found: Any, result: Analyzed, name: str, tit
 def _empty(height: float, title: str) -> Figure:
     figure = style.figure(WIDTH, height)
     figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04)
-    figure.suptitle(
-        style.plain(title, 44), x=0.0, ha="left", fontweight="bold", fontsize=style.FONT_SIZE + 1, parse_math=False
-    )
+    if title:
+        figure.suptitle(
+            style.plain(title, 44), x=0.0, ha="left", fontweight="bold", fontsize=style.FONT_SIZE + 1, parse_math=False
+        )
     return figure
 
 
@@ -270,9 +285,24 @@ def _settle(analysis: str, key: str, axes: Axes, result: Analyzed) -> None:
     elif analysis == "criticality" or key in ("sharpness", "amplification"):
         axes.grid(axis="y", visible=False)
         _numbers(axes)
+    elif key in ("ratio", "gaps", "probes"):
+        _legend_above(axes, 3 if key == "ratio" else 2)
     elif key in ("kept", "re-estimated", "lines"):
+        _legend_above(axes, 3)
         end = f"0 {result.against or 'initial'}, 1 {result.arm}"
         axes.set_xlabel(f"position: {style.plain(end, 44)}", parse_math=False)
+
+
+def _legend_above(axes: Axes, columns: int) -> None:
+    """Put the legend above the lines, where it covers none of them; one of many lines stays where it is."""
+    lines, names = axes.get_legend_handles_labels()
+    if 1 < len(names) <= 2 * columns:
+        legend = axes.legend(
+            lines, names, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False, borderaxespad=0.1,
+            fontsize=style.FONT_SIZE - 1, handlelength=1.4, columnspacing=1.1, handletextpad=0.5,
+        )  # fmt: skip
+        for text in legend.get_texts():
+            text.set_parse_math(False)
 
 
 def _numbers(axes: Axes) -> None:
@@ -362,7 +392,7 @@ def _across(
     arms: Sequence[str], place: Mapping[str, int], layers: Sequence[str], now: Mapping[str, Mapping[Any, float]]
 ) -> Figure:
     kinds = [k for k in _NORM_PANELS if any((layer, k[0], k[1]) in now[arm] for arm in arms for layer in layers)]
-    figure = _empty(70.0 + 108.0 * len(kinds) + 16 * math.ceil(len(arms) / 2), "Norm layers of all arms")
+    figure = _empty(50.0 + 108.0 * len(kinds) + 16 * math.ceil(len(arms) / 2), "")
     grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (shown, metric, head, scale) in zip(grid, kinds, strict=True):
         for arm in arms:
@@ -388,7 +418,7 @@ def _over_time(
     }
     kinds = [kind for kind in _NORM_PANELS if any(key[2:] == kind[:2] for key in whole)]
     names = max(moments.values(), key=len)
-    figure = _empty(90.0 + 108.0 * len(kinds) + 16 * math.ceil(len(arms) / 2), "All norm layers together")
+    figure = _empty(70.0 + 108.0 * len(kinds) + 16 * math.ceil(len(arms) / 2), "")
     grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (shown, metric, head, scale) in zip(grid, kinds, strict=True):
         for arm in arms:

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 Number = Mapping[str, Any]
-"""A headline number: `label`, `value` (None where it does not exist), `unit`: "%" or "points" of a share, "nats", "", "name"."""
+"""A headline number: `label`, `value` (None where it does not exist), `unit` ("%" or "points" of a share, "nats", ""), `note`."""
 
 _Row = TypeVar("_Row")
 
@@ -102,9 +102,9 @@ class Found:
     scores: Mapping[str, Sequence[tuple[str, tuple[str, ...], float]]] = field(default_factory=dict)
 
 
-def number(label: str, value: float | str | None, unit: str = "") -> Number:
-    """Return a headline number; one that is not finite does not exist."""
-    return {"label": label, "value": encoded(value), "unit": unit}
+def number(label: str, value: float | None, unit: str = "", note: str = "") -> Number:
+    """Return a headline number and what it is of, such as a group; one that is not finite does not exist."""
+    return {"label": label, "value": encoded(value), "unit": unit, "note": note}
 
 
 def parts_of(model: nn.Module, select: str | None, usual: str = "") -> dict[str, str] | str:

@@ -131,15 +131,14 @@ def _cka_numbers(pairs: Mapping[str, analysis.CKA], same: analysis.Procrustes) -
     if "between" in pairs:
         parting = pairs["between"].parting()
         return [
-            number("part at (CKA under 0.5)", parting.layer or "nowhere", "name"),
-            number("depth of that", parting.depth, "%"),
+            number("part at depth (CKA under 0.5)", parting.depth, "%", parting.layer or "nowhere"),
             number("CKA, last layer", float(pairs["between"].diagonal()[-1])),
             number("Procrustes distance, last layer", last),
         ]
     block = pairs["clean"].block_structure()
     return [
         number("CKA of layers far apart", pairs["clean"].long_range()),
-        number("largest block of layers alike", block.share, "%"),
+        number("largest block of layers alike", block.share, "%", f"{block.first} to {block.last}"),
         number("clean with attacked, last layer: CKA", float(pairs["attacked"].diagonal()[-1])),
         number("Procrustes distance of these", last),
     ]
@@ -180,7 +179,8 @@ def _signal(look: Look) -> Found:
     payload["norms"] = [list(stretched.layers), list(stretched.left_out)]
     arrays |= {f"norm {k}": torch.from_numpy(values).float() for k, values in enumerate(stretched.values)}
     medians = [float(np.median(values)) for values in stretched.values]
-    numbers.append(number("largest amplification, median channel", max(medians)))
+    most = stretched.layers[medians.index(max(medians))]
+    numbers.append(number("largest amplification, median channel", max(medians), "", most))
     return Found(rows, numbers, payload, arrays)
 
 
@@ -235,10 +235,7 @@ def _criticality(look: Look) -> Found:
     scores = {}
     for source in dict.fromkeys(row.source for row in results):
         most = max(found.of(source), key=lambda row: row.robust_accuracy_drop or 0.0)
-        numbers += [
-            number(f"most lost, {source}: group", most.group, "name"),
-            number(f"most lost, {source}", most.robust_accuracy_drop, "points"),
-        ]
+        numbers.append(number(f"most lost, values from {source}", most.robust_accuracy_drop, "points", most.group))
         if _named(groups.values()):
             drops = [(row.group, row.names, row.robust_accuracy_drop or 0.0) for row in found.of(source)]
             scores[f"scores-{source.replace(' ', '-')}"] = drops
@@ -250,9 +247,8 @@ def _criticality(look: Look) -> Found:
         rows += tidy("worst case", worst.rows())
         payload["worst"] = _worst_payload(worst)
         numbers += [
-            number("worst case: most critical", worst.most.group, "name"),
-            number("rise of its loss", worst.most.rise, "nats"),
-            number("least critical", worst.least.group, "name"),
+            number("worst weights nearby, most critical", worst.most.rise, "nats", worst.most.group),
+            number("least critical", worst.least.rise, "nats", worst.least.group),
         ]
         if _named([groups[name] for name in moved]) and all(np.isfinite(row.rise) for row in worst.results):
             # With the names of the whole groups: these were bound by selector.
@@ -304,10 +300,8 @@ def _transplant(look: Look) -> Found:
         base = next(row for row in inside if row.group == "nothing")
         kept = [row for row in inside if row.group not in ("nothing", "everything")]
         most = max(kept, key=lambda row: row.robust_accuracy or 0.0)
-        numbers += [
-            number(f"into {host} from {donor}: best group", most.group, "name"),
-            number(f"robust accuracy won in {host}", _less(most.robust_accuracy, base.robust_accuracy), "points"),
-        ]
+        won = _less(most.robust_accuracy, base.robust_accuracy)
+        numbers.append(number(f"most robust accuracy won in {host} from {donor}", won, "points", most.group))
     payload = {"names": list(found.names), "results": encoded([asdict(row) for row in found.results])}
     return Found(tidy("transplant", found.rows()), numbers, payload)
 
@@ -348,7 +342,7 @@ def _interpolation(look: Look) -> Found:
             progress=look.part("line"),
         )
         numbers = [
-            number(f"barrier, {metric.removesuffix('_loss')} loss, statistics {kind}", height, "nats")
+            number(f"barrier, {metric.removesuffix('_loss')} loss, statistics {kind}", round(height, 9), "nats")
             for kind in ("kept", "re-estimated")
             for metric in ("clean_loss", "robust_loss")
             for height in line.barriers(metric, kind).values()
@@ -369,13 +363,13 @@ def _interpolation(look: Look) -> Found:
     rows = tidy("line", lines.rows())
     payload: dict[str, Any] = {"lines": encoded([asdict(point) for point in lines.points])}
     height = max(lines.barriers().items(), key=lambda pair: pair[1])
-    numbers = [number("highest barrier: group", height[0], "name"), number("its height", height[1], "nats")]
+    numbers = [number("highest barrier", height[1], "nats", height[0])]
     moved = {name: group.selector for name, group in _groups(look).items() if group.selection.parameters}
     if moved:
         sharp = analysis.sharpness(look.model, moved, look.x, look.y, **about, progress=look.part("sharpness"))
         rows += tidy("sharpness", sharp.rows())
         payload["sharpness"] = _worst_payload(sharp)
-        numbers += [number("sharpest group", sharp.most.group, "name"), number("its rise", sharp.most.rise, "nats")]
+        numbers.append(number("sharpest", sharp.most.rise, "nats", sharp.most.group))
     return Found(rows, numbers, payload)
 
 
@@ -439,8 +433,7 @@ def _overfitting(look: Look) -> Found:
     found = replace(last, epochs=whole.epochs)
     gap = last.epochs[-1]
     numbers = [
-        number("best robust, validation", found.best_robust, "%"),
-        number("at epoch", float(found.best_epoch)),
+        number("best robust, validation", found.best_robust, "%", f"epoch {found.best_epoch}"),
         number("last robust, validation", found.last_robust, "%"),
         number("robust overfitting", found.robust_overfitting, "points"),
         number("clean won since", found.clean_change, "points"),
@@ -476,7 +469,7 @@ def _probes(look: Look) -> Found:
     for pair in (("clean", "clean"), ("clean", "adversarial"), ("adversarial", "adversarial")):
         numbers.append(number(f"last layer, {' to '.join(pair)}", found.of(*pair)[-1].accuracy, "%"))
     best = max(found.of("adversarial", "adversarial"), key=lambda row: row.accuracy)
-    numbers.append(number("attacked images best read at", best.layer, "name"))
+    numbers.append(number("attacked images, best layer", best.accuracy, "%", best.layer))
     payload = {"layers": layers_of_rows(found.layers), "results": encoded([asdict(row) for row in found.results])}
     return Found(tidy("probe", found.rows()), numbers, payload)
 

@@ -114,8 +114,8 @@ def number_text(one: Mapping[str, Any]) -> str:
     '12.5%'
     """
     value, unit = one["value"], one["unit"]
-    if value is None or isinstance(value, str):
-        return "–" if value is None else value
+    if value is None:
+        return "–"
     if unit == "%":
         return f"{100 * value:.1f}%"
     if unit == "points":

@@ -8,6 +8,7 @@ from typing import Any
 from robustlayers.core.device import machine, versions
 from robustlayers.core.errors import Fault, UserError
 from robustlayers.core.files import read_json, read_tensors
+from robustlayers.evaluation.flags import meaning
 from robustlayers.study.analyzed import collect_analyses
 from robustlayers.study.claims import judge
 from robustlayers.study.claims import parse as parse_claim
@@ -262,9 +263,17 @@ def _notes(plan: Mapping[str, Any], arms: list[Arm], rows: list[Row]) -> list[st
     if missing:
         notes.append("Not in the numbers: " + ", ".join(missing) + ".")
     notes += [
-        f"Flag raised: {flag}" for flag in sorted({flag for row in rows for flag in row.flags.split("; ") if flag})
+        f"Flag raised: {flag}.{_meaning(flag)}"
+        for flag in sorted({flag for row in rows for flag in row.flags.split("; ") if flag})
     ]
     return notes
+
+
+def _meaning(flag: str) -> str:
+    try:
+        return f" {meaning(flag)}"
+    except UserError:  # of an earlier version
+        return ""
 
 
 def _pictures(store: Store, plan: Mapping[str, Any], arms: list[Arm]) -> Pictures | None:

@@ -13,7 +13,7 @@ from robustlayers.attacks import Gaussian, label
 from robustlayers.core.files import read_json, read_tensors, write_json, write_tensors
 from robustlayers.core.random import stream
 from robustlayers.data import Images, to_float
-from robustlayers.evaluation import flags, worst_case
+from robustlayers.evaluation import calibration, flags, per_class, worst_case
 from robustlayers.evaluation.branches import branches
 from robustlayers.normalization import inference
 from robustlayers.normalization.report import study_rows
@@ -69,6 +69,8 @@ def measure_run(
             )
             notes = flags(forward, test.images[:_FLAGGED], test.labels[:_FLAGGED], build_threat(recipe.threat))
             seen[epoch] = _test_rows(verdicts, attacks, "; ".join(notes)) + _curve_rows(recipe, points[epoch])
+            seen[epoch] += _class_rows(verdicts, test.labels.cpu(), attacks)
+            seen[epoch].append(_calibration_row(forward, test, recipe.evaluate.batch_size))
             if recipe.evaluate.branches:
                 seen[epoch] += _branch_rows(model, test, attacks, recipe, seed)
             if looked_at is not None:
@@ -111,6 +113,23 @@ def _test_rows(verdicts: Mapping[str, Tensor], attacks: Mapping[str, NamedAttack
         }
         for metric, text in texts.items()
     ]
+
+
+def _class_rows(
+    verdicts: Mapping[str, Tensor], labels: Tensor, attacks: Mapping[str, NamedAttack]
+) -> list[dict[str, Any]]:
+    """Return the accuracy of the class that stands worst, clean and under all attacks."""
+    rows = []
+    for metric, text in (("clean", ""), ("robust", "worst case of " + ", ".join(attacks))):
+        worst = min(per_class({metric: verdicts[metric]}, labels), key=lambda one: one.accuracy)
+        row = {"value": worst.accuracy, "count": worst.count, "total": worst.total, "split": "test", "attack": text}
+        rows.append({"metric": f"{metric}_lowest_class", **row})
+    return rows
+
+
+def _calibration_row(forward: Any, test: Images, batch_size: int) -> dict[str, Any]:
+    found = calibration(forward, test.images, test.labels, None, batch_size)
+    return {"metric": "ece", "value": found.ece, "split": "test"}
 
 
 def _branch_rows(
