@@ -18,7 +18,7 @@ from robustlayers import analysis
 from robustlayers.core.errors import UserError
 from robustlayers.core.files import read_json, read_tensors, verify_manifest, write_json, write_tensors
 from robustlayers.selection import Inventory, resolve
-from robustlayers.study import analyses
+from robustlayers.study import _inside_training
 from robustlayers.study.analyses import ANALYSES
 from robustlayers.study.analyze import Asked, Job, plan_analyses, run_analyses
 from robustlayers.study.analyzed import collect_analyses, kept_analyses, number_text, rows_of_analysis
@@ -114,14 +114,14 @@ def test_the_rows_are_those_of_the_plain_function_on_the_checkpoint(seen: Store)
 
 def test_no_test_image_is_ever_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is chosen by an analysis is chosen on held-out images."""
-    real = analyses.study_rows
+    real = _inside_training.study_rows
 
     def spy(model: Any, images: torch.Tensor, *rest: Any, **more: Any) -> Any:
         _, validation = trained(store, "norm")
         assert torch.equal(images, validation.first(12).images)
         return real(model, images, *rest, **more)
 
-    monkeypatch.setattr(analyses, "study_rows", spy)
+    monkeypatch.setattr(_inside_training, "study_rows", spy)
     look(store, Asked(what=["norms"], arms=["norm"], images=12))
 
 

@@ -211,7 +211,7 @@ def test_a_finished_folder_holds_what_is_documented_and_nothing_else(finished: P
     made = plan()
     store = Store(finished)
     phase = {"best.safetensors", "curve.json", "last.safetensors", "ledger.json", MANIFEST, "time.json"}
-    result = {MANIFEST, "pictures.safetensors", "rows.json", "time.json"}
+    result = {MANIFEST, "norms.json", "pictures.safetensors", "rows.json", "time.json"}
     for seed in (0, 1):
         for node in made.nodes:
             assert {path.name for path in store.phase(node, seed).iterdir()} == phase

@@ -34,7 +34,7 @@ def test_each_loads_and_has_arms_claims_and_seeds(name: str) -> None:
     made = plan(name)
     assert len(made.arms) > 1 and made.study.claims and len(made.study.seeds) >= 3
     assert made.study.config.data.name == "fashion-mnist-mini"  # which comes with the package
-    assert made.trainings < made.trainings_unshared or name == "awp-blocks.yaml"
+    assert made.trainings < made.trainings_unshared or all(len(arm.nodes) == 1 for arm in made.arms)
 
 
 def test_the_list_is_whole() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
@@ -110,8 +111,9 @@ def write_sanity(out: Path, report: SanityReport) -> None:
     write_json(out / "sanity.json", {"flags": list(report.flags), "rows": report.rows()})
     for name, curve in (("eps", report.by_eps), ("steps", report.by_steps)):
         if curve is not None:
-            drawn = io.BytesIO()
-            curve.plot().figure.savefig(drawn, format="svg")
+            drawn, figure = io.BytesIO(), Figure(figsize=(4.5, 3.2), layout="constrained")
+            curve.plot(figure.subplots())
+            figure.savefig(drawn, format="svg")
             write_text(out / f"sanity-{name}.svg", drawn.getvalue().decode())
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from robustlayers.report import loupe, style
+from robustlayers.report import _analysis_norms as norms
+from robustlayers.report import style
+from robustlayers.report._analysis_norms import NAME, Panel, empty
 from robustlayers.report.figures import Drawing
 from robustlayers.report.svg import to_svg
 from robustlayers.report.tables import Cell, Column, Table
@@ -30,20 +31,9 @@ from robustlayers.study.summary import Analyzed, Summary
 
 __all__ = ["Inside", "Panel", "gather", "how_to_read"]
 
-WIDTH = 352.0
 _LIGHT, _DARK = "#fefefe", "#010101"  # on shades that do not change with the reader's scheme
-_NAME = 20  # letters of an arm's name on an axis
 
 Draw = Callable[[Any, Axes, Analyzed], None]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Figures of one kind, one for each net or pair of nets, and how to read them."""
-
-    title: str
-    caption: str
-    drawings: Sequence[Drawing]
 
 
 @dataclass(frozen=True)
@@ -96,16 +86,17 @@ def _inside(summary: Summary, one: Analysis, results: Sequence[Analyzed], suffix
     seeds = sorted({result.seed for result in results})
     shown = [result for result in results if result.seed == seeds[0]]
     parts = [f"{plural(first.images, 'validation image')}"] if first.images else []
-    parts.append(first.attack)
+    parts.append(f"attack {first.attack}")
     parts += [f"layers: {first.select}"] if first.select else []
     parts += [f"checkpoint {first.checkpoint}", f"seed {listing(seeds)}"]
-    setting = sentence("; ".join(parts)) + (f"; figures of seed {seeds[0]}." if len(seeds) > 1 else ".")
+    parts += [f"figures of seed {seeds[0]}"] if len(seeds) > 1 else []
+    setting = sentence("; ".join(parts))
     tables = [
         _table(one, [result for result in results if bool(result.against) == pairs], pairs)
         for pairs in (False, True)
         if any(bool(result.against) == pairs for result in results)
     ]
-    panels = _norms(summary, shown, suffix) if one.name == "norms" else _panels(summary, one, shown, suffix)
+    panels = norms.draw(summary, shown, suffix) if one.name == "norms" else _panels(summary, one, shown, suffix)
     return Inside(one.name, one.title, one.text, setting, tables, panels)
 
 
@@ -116,9 +107,9 @@ def _table(one: Analysis, results: Sequence[Analyzed], pairs: bool) -> Table:
     blocks = []
     for arm, against in nets:
         mine = [result for result in results if (result.arm, result.against) == (arm, against)]
+        numbers = [(_general(number["label"], result), number) for result in mine for number in result.numbers]
         cells: list[Cell | None] = [Cell(arm, kind="arm"), *([Cell(against)] if pairs else [])]
-        for label in labels:
-            cells.append(_cell([n for result in mine for n in result.numbers if _general(n["label"], result) == label]))
+        cells += [_cell([number for of, number in numbers if of == label]) for label in labels]
         blocks.append([cells])
     heads = [Column("Arm"), *([Column("Against")] if pairs else [])]
     caption = "Means over seeds, with the smallest and the largest." if len({r.seed for r in results}) > 1 else ""
@@ -230,7 +221,7 @@ _KINDS: dict[str, dict[str, tuple[str, str]]] = {
 
 def _drawn(analysis: str, key: str, found: Any, result: Analyzed, name: str, title: str) -> Drawing:
     with style.drawing():
-        figure = _empty(_height(analysis, key, found), title)
+        figure = empty(_height(analysis, key, found), title)
         axes = figure.add_subplot()
         found.plot(axes)
         _settle(analysis, key, axes, result)
@@ -238,17 +229,7 @@ def _drawn(analysis: str, key: str, found: Any, result: Analyzed, name: str, tit
             _fix(one)
         text = to_svg(figure)
     rows = [row for row in result.rows if _belongs(analysis, key, row)] or list(result.rows)
-    return Drawing(name=name, title=title, caption="", data=[_flat(row) for row in rows], svg=text)
-
-
-def _empty(height: float, title: str) -> Figure:
-    figure = style.figure(WIDTH, height)
-    figure.set_layout_engine("constrained", w_pad=0.03, h_pad=0.04)
-    if title:
-        figure.suptitle(
-            style.plain(title, 44), x=0.0, ha="left", fontweight="bold", fontsize=style.FONT_SIZE + 1, parse_math=False
-        )
-    return figure
+    return Drawing(name=name, title=title, caption="", data=rows, svg=text)
 
 
 def _height(analysis: str, key: str, found: Any) -> float:
@@ -272,16 +253,14 @@ def _settle(analysis: str, key: str, axes: Axes, result: Analyzed) -> None:
         sides = {"clean": ("", ""), "attacked": ("clean", "attacked")}.get(key, (result.arm, result.against))
         for bar in (one for one in axes.figure.axes if one is not axes):
             bar.set_ylabel("CKA, 1: same representation", fontsize=style.FONT_SIZE - 1)
-        axes.set_ylabel(style.plain(sides[0], _NAME), parse_math=False)
-        axes.set_xlabel(style.plain(sides[1], _NAME), parse_math=False)
+        axes.set_ylabel(style.plain(sides[0], NAME), parse_math=False)
+        axes.set_xlabel(style.plain(sides[1], NAME), parse_math=False)
     elif analysis == "transplant":
         axes.grid(visible=False)
         axes.set_title("")
-        for label in axes.get_xticklabels():
-            label.set_parse_math(False)
-            kind, _, host = label.get_text().partition("\nin ")
-            label.set_text(f"{kind.rstrip(',')}, %\nin {style.plain(host, 12)}")
-        axes.set_xticks(axes.get_xticks(), axes.get_xticklabels())
+        pairs = [label.get_text().partition("\nin ") for label in axes.get_xticklabels()]
+        texts = [f"{kind.rstrip(',')}, %\nin {style.plain(host, 12)}" for kind, _, host in pairs]
+        axes.set_xticks(axes.get_xticks(), texts, parse_math=False)
     elif analysis == "criticality" or key in ("sharpness", "amplification"):
         axes.grid(axis="y", visible=False)
         _numbers(axes)
@@ -336,134 +315,3 @@ def _belongs(analysis: str, key: str, row: Mapping[str, Any]) -> bool:
     if analysis in ("transplant", "interpolation") and key in ("kept", "re-estimated"):
         return row.get("statistics") == key
     return part == {"lines": "line", "gaps": "gap", "probes": "probe"}.get(key, key)
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(row)
-
-
-# Norm layers across arms ----------------------------------------------------------------------------------------------
-
-_NORM_PANELS = (
-    ("", "dead_share", "Dead channels, %", 100.0),
-    ("clean", "kl_mean", "Distance, clean images", 1.0),
-    ("adversarial", "kl_mean", "Distance, attacked images", 1.0),
-    ("", "lipschitz_median", "Stretch |γ| / σ, median", 1.0),
-)
-_NORM_CAPTION = (
-    "How to read it: norm layers in execution order from left to right, a line for each arm. Distance is the symmetric KL "
-    "divergence of the running statistics from those of the layer's inputs in that pass: where an arm's line lies high, its "
-    "statistics do not fit these images."
-)
-_TIME_CAPTION = (
-    "How to read it: the mean over all norm layers at each moment of training that was kept, from the untrained net to the "
-    "net as it is. A distance on attacked images that falls while that on clean ones rises is a net whose statistics move "
-    "over to the attack."
-)
-
-
-def _norms(summary: Summary, shown: Sequence[Analyzed], suffix: str) -> list[Panel]:
-    place = {arm.name: index for index, arm in enumerate(summary.arms)}
-    rows = [{"arm": result.arm, **row} for result in shown for row in result.rows]
-    layers = list(dict.fromkeys(str(row["layer"]) for row in rows if row["layer"] != "all"))
-    arms = [result.arm for result in shown]
-    now = {arm: loupe.means([row for row in rows if row["arm"] == arm and row["moment"] == "now"]) for arm in arms}
-    with style.drawing():
-        text = to_svg(_across(arms, place, layers, now))
-    panels = [
-        Panel(
-            "Layer by layer",
-            _NORM_CAPTION,
-            [Drawing(f"inside-norms-layers{suffix}", "All arms", "", [r for r in rows if r["moment"] == "now"], text)],
-        )
-    ]
-    moments = {arm: list(dict.fromkeys(str(row["moment"]) for row in rows if row["arm"] == arm)) for arm in arms}
-    if all(len(names) > 1 for names in moments.values()):
-        with style.drawing():
-            text = to_svg(_over_time(arms, place, moments, rows))
-        data = [row for row in rows if row["layer"] == "all"]
-        panels.append(
-            Panel("Over time", _TIME_CAPTION, [Drawing(f"inside-norms-time{suffix}", "Over time", "", data, text)])
-        )
-    return panels
-
-
-def _across(
-    arms: Sequence[str], place: Mapping[str, int], layers: Sequence[str], now: Mapping[str, Mapping[Any, float]]
-) -> Figure:
-    kinds = [k for k in _NORM_PANELS if any((layer, k[0], k[1]) in now[arm] for arm in arms for layer in layers)]
-    figure = _empty(50.0 + 108.0 * len(kinds) + 16 * math.ceil(len(arms) / 2), "")
-    grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (shown, metric, head, scale) in zip(grid, kinds, strict=True):
-        for arm in arms:
-            found = [(x, now[arm].get((layer, shown, metric))) for x, layer in enumerate(layers)]
-            _line(axes, arm, place[arm], [(x, scale * value) for x, value in found if value is not None])
-        _head(axes, head, metric)
-    names = layers if len(layers) <= 16 else [str(number + 1) for number in range(len(layers))]
-    step = -(-len(layers) // 16)
-    marks = range(0, len(layers), step)
-    grid[-1].set_xticks(list(marks), [style.plain(names[x], 26) for x in marks], rotation=90, parse_math=False)
-    _legend(figure, grid[0], arms)
-    return figure
-
-
-def _over_time(
-    arms: Sequence[str],
-    place: Mapping[str, int],
-    moments: Mapping[str, Sequence[str]],
-    rows: Sequence[Mapping[str, Any]],
-) -> Figure:
-    whole = {
-        (row["arm"], row["moment"], row["pass"], row["metric"]): row["value"] for row in rows if row["layer"] == "all"
-    }
-    kinds = [kind for kind in _NORM_PANELS if any(key[2:] == kind[:2] for key in whole)]
-    names = max(moments.values(), key=len)
-    figure = _empty(70.0 + 108.0 * len(kinds) + 16 * math.ceil(len(arms) / 2), "")
-    grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (shown, metric, head, scale) in zip(grid, kinds, strict=True):
-        for arm in arms:
-            # The net as it is stands last, also where an arm has fewer moments.
-            at = {moment: x for x, moment in enumerate(names)} | {"now": len(names) - 1}
-            points = [(at[m], whole.get((arm, m, shown, metric))) for m in moments[arm] if m in at]
-            _line(axes, arm, place[arm], [(x, scale * value) for x, value in points if value is not None])
-        _head(axes, head, metric)
-    grid[-1].set_xticks(range(len(names)), [style.plain(name, 18) for name in names], parse_math=False)
-    if len(names) > 3:
-        grid[-1].tick_params(axis="x", rotation=90)
-    _legend(figure, grid[0], arms)
-    return figure
-
-
-def _line(axes: Axes, arm: str, position: int, points: Sequence[tuple[float, float]]) -> None:
-    axes.plot(
-        [x for x, _ in points], [y for _, y in points], color=style.color(position), marker=style.marker(position),
-        markersize=4.5, markeredgewidth=0, linewidth=1.3, label=arm,
-    )  # fmt: skip
-
-
-def _head(axes: Axes, head: str, metric: str) -> None:
-    axes.set_title(head, loc="left", fontsize=style.FONT_SIZE)
-    values = [value for line in axes.lines for value in line.get_ydata() if value > 0]  # type: ignore[union-attr]
-    if metric != "dead_share" and values:
-        axes.set_yscale("log")
-        low, high = math.log10(min(values)), math.log10(max(values))
-        if high - low < 1:
-            low, high = (low + high) / 2 - 0.5, (low + high) / 2 + 0.5
-        axes.set_ylim(10 ** (low - 0.1), 10 ** (high + 0.1))
-        marks = range(math.ceil(low - 0.1), math.floor(high + 0.1) + 1)
-        step = -(-len(marks) // 3)
-        axes.yaxis.set_major_locator(FixedLocator([10.0**exponent for exponent in marks[::step]]))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:
-        axes.set_ylim(0, max(5.0, 1.1 * max(values, default=0.0)))
-
-
-def _legend(figure: Figure, axes: Axes, arms: Sequence[str]) -> None:
-    handles, _ = axes.get_legend_handles_labels()
-    legend = figure.legend(
-        handles, [style.plain(arm, _NAME) for arm in arms], loc="outside upper left", ncols=2, frameon=False,
-        fontsize=style.FONT_SIZE - 1,
-    )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_parse_math(False)

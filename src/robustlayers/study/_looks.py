@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from robustlayers.analysis import Layer
@@ -18,9 +19,12 @@ from robustlayers.selection.layout import layout_of
 from robustlayers.study.semantics import NamedAttack
 
 __all__ = [
+    "REFERENCE",
+    "Arrays",
     "Found",
     "Look",
     "Number",
+    "Payload",
     "decoded",
     "encoded",
     "layers_from",
@@ -32,7 +36,16 @@ __all__ = [
 ]
 
 Number = Mapping[str, Any]
-"""A headline number: `label`, `value` (None where it does not exist), `unit` ("%" or "points" of a share, "nats", ""), `note`."""
+"""A headline number: `label`; `value`, None where it does not exist; `unit`, "%" or "points" of a share, "nats", ""; `note`."""
+
+Payload = Mapping[str, Any]
+"""Plain data as JSON holds it, which figures are drawn from."""
+
+Arrays = Mapping[str, np.ndarray]
+"""Numbers by name beside it."""
+
+REFERENCE = 1000
+"""Training images that an analysis may use: to estimate statistics anew on, to fit probes on."""
 
 _Row = TypeVar("_Row")
 

@@ -25,7 +25,7 @@ from robustlayers.core.files import MANIFEST, read_json, read_tensors, write_jso
 from robustlayers.core.identity import digest
 from robustlayers.core.random import stream_seed
 from robustlayers.data import Images
-from robustlayers.study._looks import Found, Look
+from robustlayers.study._looks import REFERENCE, Found, Look
 from robustlayers.study.analyses import ANALYSES, Analysis, analysis_named
 from robustlayers.study.analyzed import analyses_folder, csv_of
 from robustlayers.study.definition import load_study
@@ -46,7 +46,6 @@ __all__ = ["Asked", "Job", "Planned", "Watch", "plan_analyses", "run_analyses"]
 _SCHEMA = 1
 """Version of the meaning of identities; see also `Analysis.version`."""
 
-_TRAINING = 1000  # training images that an analysis may use
 _FEWEST = 10  # images: what is said about fewer is chance
 CHECKPOINTS = ("best", "last")
 
@@ -375,7 +374,7 @@ def _look(job: Job, device: torch.device | None, part: Any) -> Look:
         arm=subject.arm,
         model=net(subject),
         held_out=held_out if device is None else held_out.to(device),
-        train=train if device is None else train.first(min(_TRAINING, len(train))).to(device),
+        train=train if device is None else train.first(min(REFERENCE, len(train))).to(device),
         attack=job.attack,
         noise=Gaussian(build_threat(recipe.threat)),
         seed=subject.seed,

@@ -4,7 +4,8 @@ FOLDER/
   study.yaml  plan.json                        what was asked, as given and as resolved
   phases/<id>/seed-<s>/                        last.safetensors  best.safetensors  curve.json  ledger.json
                                                time.json  manifest.json;   .resume.json while it is being trained
-  results/<run>/seed-<s>/                      rows.json  pictures.safetensors  time.json  manifest.json
+  results/<run>/seed-<s>/                      rows.json  norms.json  pictures.safetensors  time.json
+                                               manifest.json
   report/                                      report.html  report.md  rows.csv  figures/
 """
 
