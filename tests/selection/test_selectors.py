@@ -94,7 +94,8 @@ def test_selectors_on_our_models_agree_with_module_types_and_layout(name):
         try:
             return select(model, selector)
         except UserError as error:
-            assert f"selector {selector!r} picks nothing" in str(error)
+            if f"selector {selector!r} picks nothing" not in str(error):
+                raise
             return []
 
     assert picked("norm") == picked("batchnorm") == owned(nn.BatchNorm2d)

@@ -101,6 +101,8 @@ def analyse(
     done = sum(len(one.done) for one in planned)
     if done:
         print(f"{done} of {done + len(left)} results are there already")
+    elif left:
+        print(f"{len(left)} results to make", flush=True)
     with _display(left) as display:
         for store, one in zip(stores, planned, strict=True):
             run_analyses(store, one.left, display.moment, device=device)

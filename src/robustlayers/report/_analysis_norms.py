@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,12 @@ from robustlayers.report.figures import Drawing
 from robustlayers.report.svg import to_svg
 from robustlayers.study.summary import Analyzed, Summary
 
-__all__ = ["NAME", "WIDTH", "Panel", "draw", "empty"]
+__all__ = ["NAME", "WIDTH", "Panel", "draw", "empty", "slim"]
 
 WIDTH = 352.0
+_TAG = re.compile(r"<[^>]*>")
+_DECIMALS = re.compile(r"(?<![\w#+/.-])-?\d+\.\d{3,}(?![\w.+/=])")  # no part of a picture in base64
+
 NAME = 20
 """Letters of an arm's name on an axis."""
 
@@ -60,6 +64,19 @@ def empty(height: float, title: str) -> Figure:
     return figure
 
 
+def slim(svg: str) -> str:
+    """Return bare SVG with lengths to a hundredth of a pixel, which halves figures of many lines; words stay as they are.
+
+    >>> slim('<path d="M 10.123456 2.987654"/><text>0.123456</text>')
+    '<path d="M 10.12 2.99"/><text>0.123456</text>'
+    """
+
+    def rounded(tag: re.Match[str]) -> str:
+        return _DECIMALS.sub(lambda number: f"{float(number[0]):.2f}", tag[0])
+
+    return _TAG.sub(rounded, svg)
+
+
 def draw(summary: Summary, shown: Sequence[Analyzed], suffix: str) -> list[Panel]:
     """Return the figures of all arms together: layer by layer as the nets are, and over the moments that were kept."""
     place = {arm.name: index for index, arm in enumerate(summary.arms)}
@@ -68,7 +85,7 @@ def draw(summary: Summary, shown: Sequence[Analyzed], suffix: str) -> list[Panel
     arms = [result.arm for result in shown]
     now = {arm: loupe.means([row for row in rows if row["arm"] == arm and row["moment"] == "now"]) for arm in arms}
     with style.drawing():
-        text = to_svg(_across(arms, place, layers, now))
+        text = slim(to_svg(_across(arms, place, layers, now)))
     panels = [
         Panel(
             "Layer by layer",
@@ -79,7 +96,7 @@ def draw(summary: Summary, shown: Sequence[Analyzed], suffix: str) -> list[Panel
     moments = {arm: list(dict.fromkeys(str(row["moment"]) for row in rows if row["arm"] == arm)) for arm in arms}
     if all(len(names) > 1 for names in moments.values()):
         with style.drawing():
-            text = to_svg(_over_time(arms, place, moments, rows))
+            text = slim(to_svg(_over_time(arms, place, moments, rows)))
         data = [row for row in rows if row["layer"] == "all"]
         panels.append(
             Panel("Over time", _TIME_CAPTION, [Drawing(f"inside-norms-time{suffix}", "Over time", "", data, text)])

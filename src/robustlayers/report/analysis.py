@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from robustlayers.report import _analysis_norms as norms
 from robustlayers.report import style
-from robustlayers.report._analysis_norms import NAME, Panel, empty
+from robustlayers.report._analysis_norms import NAME, Panel, empty, slim
 from robustlayers.report.figures import Drawing
 from robustlayers.report.svg import to_svg
 from robustlayers.report.tables import Cell, Column, Table
@@ -227,7 +227,7 @@ def _drawn(analysis: str, key: str, found: Any, result: Analyzed, name: str, tit
         _settle(analysis, key, axes, result)
         for one in figure.axes:
             _fix(one)
-        text = to_svg(figure)
+        text = slim(to_svg(figure))
     rows = [row for row in result.rows if _belongs(analysis, key, row)] or list(result.rows)
     return Drawing(name=name, title=title, caption="", data=rows, svg=text)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from robustlayers.core.errors import Fault, UserError, one_of
 from robustlayers.core.files import MANIFEST, read_json, read_tensors, write_json, write_tensors, write_text
 from robustlayers.core.identity import digest
 from robustlayers.core.random import stream_seed
-from robustlayers.data import Images
+from robustlayers.data import Dataset, Images
 from robustlayers.study._looks import REFERENCE, Found, Look
 from robustlayers.study.analyses import ANALYSES, Analysis, analysis_named
 from robustlayers.study.analyzed import analyses_folder, csv_of
 from robustlayers.study.definition import load_study
-from robustlayers.study.schema import Recipe
+from robustlayers.study.schema import DataConfig, Recipe
 from robustlayers.study.semantics import (
     NamedAttack,
     build_attack,
@@ -84,7 +84,7 @@ class Trained:
 
     def build(self) -> nn.Module:
         """Return the net with its weights."""
-        model = build_model(self.recipe.model, data_of(self.recipe.data)[0], self.seed)
+        model = build_model(self.recipe.model, _data(self.recipe)[0], self.seed)
         model.load_state_dict(read_tensors(list(self.folders.values())[-1] / f"{self.checkpoint}.safetensors"))
         return model
 
@@ -294,7 +294,7 @@ def _digest(path: Path) -> str:
 def _job(store: Store, one: Analysis, subject: Trained, other: Trained | None, asked: Asked) -> Job | str:
     """Return the job, or why it cannot be."""
     recipe = subject.recipe
-    validation = data_of(recipe.data)[2]
+    validation = _data(recipe)[2]
     if not len(validation):
         raise UserError(Fault("data.validation is 0: there are no held-out images to look at", file=str(store.root)))
     images = min(asked.images, len(validation))
@@ -342,20 +342,30 @@ def _checked(option: str, make: Callable[[Any], Any], value: Any) -> Any:
 def _alike(one: Trained, other: Trained) -> bool:
     shapes = []
     for net in (one, other):
-        model = model_for_checks(net.recipe.model, data_of(net.recipe.data)[0])
+        model = model_for_checks(net.recipe.model, _data(net.recipe)[0])
         shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})
     return shapes[0] == shapes[1]
+
+
+def _data(recipe: Recipe) -> tuple[Dataset, Images, Images, Images]:
+    return _cut(recipe.data.model_dump_json())
+
+
+@lru_cache(maxsize=2)
+def _cut(config: str) -> tuple[Dataset, Images, Images, Images]:
+    """Return the data as a recipe cuts them, which copies all images: once for all jobs."""
+    return data_of(DataConfig.model_validate_json(config))
 
 
 def _look(job: Job, device: torch.device | None, part: Any) -> Look:
     """Return what the analysis gets; without a device, nets that are not trained, to tell the cost from."""
     subject, other, recipe = job.subject, job.against, job.subject.recipe
-    dataset, train, validation, _ = data_of(recipe.data)
+    dataset, train, validation, _ = _data(recipe)
     held_out: Images = validation.first(job.images)
 
     def net(trained: Trained) -> nn.Module:
         if device is None:
-            return model_for_checks(trained.recipe.model, data_of(trained.recipe.data)[0])
+            return model_for_checks(trained.recipe.model, _data(trained.recipe)[0])
         return trained.build().to(device)
 
     def drawn(seed: int) -> Mapping[str, Any]:
