@@ -25,9 +25,9 @@ class Analysis:
     """One analysis: what it looks at, what it writes, what it costs.
 
     `alone`: of one arm; `between`: of an arm against another one, which must be named, and `alike` if the two nets must
-    have the same tensors for it. `uses` are the settings that decide its result, of `images`, `attack` and `select`.
-    `cost` is empty where a net has nothing to look at, as `lacks` says, and raises `UserError` for a selector that is
-    wrong. `version` is raised when the same look would give other numbers.
+    have the same tensors for it. `uses` says what decides its result beside the nets: `images`, `attack`, `select`,
+    and `sources`, the earlier states of the same run. `cost` is empty where a net has nothing to look at, as `lacks` says,
+    and raises `UserError` for a selector that is wrong. `version` is raised when the same look would give other numbers.
     """
 
     name: str
@@ -87,6 +87,7 @@ ANALYSES: dict[str, Analysis] = {
             weights.criticality_cost,
             weights.criticality,
             weights.criticality_load,
+            uses=("images", "attack", "select", "sources"),
         ),
         Analysis(
             "norms",
@@ -98,7 +99,7 @@ ANALYSES: dict[str, Analysis] = {
             training.norms_cost,
             training.norms,
             training.norms_load,
-            uses=("images", "attack"),
+            uses=("images", "attack", "sources"),
             lacks="no norm layer",
         ),
         Analysis(

@@ -308,12 +308,15 @@ def _job(store: Store, one: Analysis, subject: Trained, other: Trained | None, a
         "schema": _SCHEMA,
         "analysis": [one.name, one.version],
         "nets": [
-            [net.arm, net.seed, net.checkpoint, net.node, net.digest]
-            + [[name, digest] for name, (_, digest) in net.earlier().items()]
-            for net in (subject, *((other,) if other else ()))
+            [net.arm, net.seed, net.checkpoint, net.node, net.digest] for net in (subject, *((other,) if other else ()))
         ],
         "data": load_data(recipe.data.name).digest,
         "attack": attack.identity(),
+        **(
+            {"sources": {name: found for name, (_, found) in subject.earlier().items()}}
+            if "sources" in one.uses
+            else {}
+        ),
         **({"images": images} if "images" in one.uses else {}),
         **({"select": select} if select is not None else {}),
     }
