@@ -15,7 +15,9 @@ def verify(folder: StudyFolder) -> int:
     if not (folder / "plan.json").exists():
         raise UserError(Fault("no study here: it has no plan.json", file=str(folder)))
     # Results that were damaged are set aside under other names and made again: they are not looked at.
-    finished = sorted(path.parent for path in folder.glob(f"*/*/seed-*/{MANIFEST}") if "." not in path.parent.name)
+    patterns = (f"*/*/seed-*/{MANIFEST}", f"analyses/*/*/{MANIFEST}")
+    found = (path.parent for pattern in patterns for path in folder.glob(pattern))
+    finished = sorted(place for place in found if "." not in place.name)
     faults = [fault for place in finished for fault in verify_manifest(place, digests=True)]
     for fault in faults:
         print(fault)

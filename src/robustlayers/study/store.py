@@ -6,6 +6,7 @@ FOLDER/
                                                time.json  manifest.json;   .resume.json while it is being trained
   results/<run>/seed-<s>/                      rows.json  norms.json  pictures.safetensors  time.json
                                                manifest.json
+  analyses/<name>/<identity>/                  result.json  rows.csv  arrays.safetensors  manifest.json
   report/                                      report.html  report.md  rows.csv  figures/
 """
 
