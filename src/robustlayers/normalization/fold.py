@@ -20,9 +20,7 @@ from robustlayers.normalization.precision import PRECISIONS, Choice, choose
 __all__ = ["CraftingForward", "crafting_forward"]
 
 
-def crafting_forward(
-    model: nn.Module, *, precision: str = "fp32", channels_last: bool | None = None
-) -> CraftingForward:
+def crafting_forward(model: nn.Module, *, precision: str = "fp32", channels_last: bool = True) -> CraftingForward:
     """Return a function equal to `model` in evaluation mode, with the same gradient for the images, that costs less.
 
     Equal means within rounding; in the dtype of the model. Norm layers normalize by their running statistics, and no
@@ -35,12 +33,11 @@ def crafting_forward(
     variables, or on attributes of anything but modules, is not followed when they change.
 
     `channels_last` lays out the weights so that convolutions of images run channels-last, unless the traced code could
-    notice (`view`, `stride`) or a part runs as it is. Measure before use: on a CPU, PGD on a ResNet-20 with 32x32 images
-    takes a tenth less time, on a ResNet-8 with 14x14 feature maps a tenth more. None: as `precision` prefers.
+    notice (`view`, `stride`) or a part runs as it is.
 
-    `precision` is `fp32`, in the dtype of the model; `bf16`, under autocast with float32 logits, channels-last unless told
-    otherwise; or `auto`: at the first images the candidates are timed, and the fastest whose gradient agrees with the
-    model's is kept (`choice` tells which and why).
+    `precision` is `fp32`, in the dtype of the model; `bf16`, under autocast with float32 logits; or `auto`: at the first
+    images the candidates are timed, and the fastest whose gradient agrees with the model's is kept (`choice` tells which
+    and why).
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
     >>> forward = crafting_forward(net)
@@ -67,11 +64,11 @@ class CraftingForward:
     multiply-add. `as_it_is`: module name -> why it runs as it is; `""` is the whole model. `reason`: that in one line.
     """
 
-    def __init__(self, model: nn.Module, *, precision: str = "fp32", channels_last: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, *, precision: str = "fp32", channels_last: bool = True) -> None:
         self._model = model
         self.precision = precision
         self.choice: Choice | None = None
-        self._choice = precision == "bf16" if channels_last is None else channels_last
+        self._choice = channels_last
         self._build()
 
     def __call__(self, images: Tensor) -> Tensor:

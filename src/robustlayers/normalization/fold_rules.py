@@ -33,6 +33,7 @@ from robustlayers.normalization.fold_layers import (
     is_affine,
     is_plain,
 )
+from robustlayers.normalization.fold_layout import keep_layout
 from robustlayers.normalization.fold_watch import Watch
 from robustlayers.selection.inventory import is_norm
 
@@ -255,6 +256,8 @@ class _Rewriting:
                 self.rewrite(node)
         for node in list(graph.nodes):
             self.overwrite(node)
+        if self.made.channels_last:
+            keep_layout(graph, self.parts, (Folded, MultiplyAdd))
         self.made.run = fx.GraphModule(self.parts, graph, "Crafting")
         return self.made
 

@@ -1,0 +1,112 @@
+"""Keeping gradients channels-last: operations whose backward gives another layout get one that does not.
+
+A gradient that is laid out unlike the activations makes every ReLU and addition that it meets read memory across the grain,
+at five to twenty times the cost, until the next convolution puts it right. On a ResNet-20 in bfloat16 that was a tenth of PGD.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+__all__ = ["keep_layout"]
+
+# What keeps the layout of a gradient, or takes it in any layout and gives it on channels-last.
+_KEEPING_FUNCTIONS = {torch.relu_, torch.relu, functional.relu, operator.add, torch.add}
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"}
+_KEEPING_MODULES = (nn.Conv2d, nn.ReLU, nn.Identity, nn.MaxPool2d)
+
+
+class _Subsample(torch.autograd.Function):
+    """x[:, :, ::a, ::b] whose gradient has the layout of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: int, b: int) -> Tensor:
+        ctx.steps, ctx.shape, ctx.layout = (a, b), x.shape, _layout(x)
+        return x[:, :, ::a, ::b]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,), (a, b) = gradients, ctx.steps
+        whole = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.layout).zero_()
+        whole[:, :, ::a, ::b] = gradient
+        return whole, None, None
+
+
+class _Laid(torch.autograd.Function):
+    """The identity, whose gradient has the layout of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.layout = _layout(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].contiguous(memory_format=ctx.layout)
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _subsample(x: Tensor, a: int, b: int) -> Tensor:
+    return _Subsample.apply(x, a, b) if x.dim() == 4 else x[:, :, ::a, ::b]  # pyright: ignore[reportReturnType]
+
+
+def _laid(x: Tensor) -> Tensor:
+    return _Laid.apply(x) if x.dim() == 4 else x  # pyright: ignore[reportReturnType]
+
+
+def keep_layout(graph: fx.Graph, parts: dict[str, Any], keeping: tuple[type[nn.Module], ...]) -> None:
+    """Rewrite a graph that runs channels-last: strided slices as one operation, the layout put right before what loses it.
+
+    `parts`: the modules that the graph calls by name; `keeping`: kinds of them, beside torch's, that keep the layout.
+    """
+
+    def keeps(node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(parts[str(node.target)], (*_KEEPING_MODULES, *keeping))
+        if node.op == "call_method":
+            return node.target in ("relu", "relu_")
+        return node.op == "call_function" and node.target in (*_KEEPING_FUNCTIONS, _subsample)
+
+    def in_place(node: fx.Node) -> bool:  # autograd refuses to overwrite a view that such a function made
+        if node.op == "call_module":
+            return bool(getattr(parts[str(node.target)], "inplace", False))
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        return name.endswith("_") or name in _IN_PLACE or bool(node.kwargs.get("inplace", False))
+
+    for node in list(graph.nodes):
+        steps = _strides(node)
+        if steps is not None and not any(map(in_place, node.users)):
+            node.target, node.args = _subsample, (node.args[0], *steps)
+    for node in list(graph.nodes):
+        # The result of such an operation alone: what follows it has no images' layout to lose.
+        if not keeps(node) or node.target is _subsample:
+            continue
+        losing = [user for user in node.users if user.op != "output" and not keeps(user)]
+        if losing and not any(map(in_place, losing)):
+            with graph.inserting_after(node):
+                laid = graph.call_function(_laid, (node,))
+            for user in losing:
+                user.replace_input_with(node, laid)
+
+
+def _strides(node: fx.Node) -> tuple[int, int] | None:
+    """Return (a, b) of x[:, :, ::a, ::b], None for anything else."""
+    if node.op != "call_function" or node.target is not operator.getitem or not isinstance(node.args[1], tuple):
+        return None
+    index = node.args[1]
+    if len(index) != 4 or not all(isinstance(one, slice) and one.start is None and one.stop is None for one in index):
+        return None
+    n, c, a, b = (one.step for one in index)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    whole = (None, 1)
+    if n not in whole or c not in whole or not all(isinstance(step, int) and step > 0 for step in (a, b)):
+        return None
+    return a, b  # pyright: ignore[reportReturnType]
