@@ -7,17 +7,22 @@ at five to twenty times the cost, until the next convolution puts it right. On a
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-__all__ = ["keep_layout"]
+__all__ = ["keep_layout", "overwrites_views"]
 
 # What keeps the layout of a gradient, or takes it in any layout and gives it on channels-last.
-_KEEPING_FUNCTIONS = {torch.relu_, torch.relu, functional.relu, operator.add, torch.add}
+_KEEPING_FUNCTIONS = {torch.relu_, torch.relu, functional.relu, operator.add, operator.iadd, torch.add}
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"}
+_VIEWS = set(  # noqa: SIM905 (a list would take a line a word)
+    "getitem flatten reshape reshape_as unflatten ravel transpose permute movedim swapaxes swapdims t T mT chunk split "
+    "tensor_split unbind narrow select squeeze unsqueeze expand expand_as contiguous diagonal unfold detach".split()
+)
 _KEEPING_MODULES = (nn.Conv2d, nn.ReLU, nn.Identity, nn.MaxPool2d)
 
 
@@ -63,7 +68,37 @@ def _laid(x: Tensor) -> Tensor:
     return _Laid.apply(x) if x.dim() == 4 else x  # pyright: ignore[reportReturnType]
 
 
-def keep_layout(graph: fx.Graph, parts: dict[str, Any], keeping: tuple[type[nn.Module], ...]) -> None:
+def in_place(node: fx.Node, modules: Mapping[str, Any]) -> bool:
+    """Tell whether an operation writes to its operand."""
+    if node.op == "call_module":
+        return bool(getattr(modules[str(node.target)], "inplace", False))
+    return _name(node).endswith("_") or _name(node) in _IN_PLACE or bool(node.kwargs.get("inplace", False))
+
+
+def overwrites_views(graph: fx.Graph, modules: Mapping[str, Any]) -> bool:
+    """Tell whether something is written to that shares, or may share, memory with a view.
+
+    Whether `flatten` or `reshape` makes a view depends on the layout, and so who sees what is written.
+    """
+
+    def views(node: fx.Node) -> bool:
+        return _name(node) in _VIEWS or (node.op == "call_module" and isinstance(modules[str(node.target)], nn.Flatten))
+
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method", "call_module") and in_place(node, modules):
+            operand = node.args[0] if node.args else None
+            if not isinstance(operand, fx.Node) or views(operand) or any(map(views, operand.users)):
+                return True
+    return False
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return ""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def keep_layout(graph: fx.Graph, parts: Mapping[str, Any], keeping: tuple[type[nn.Module], ...]) -> None:
     """Rewrite a graph that runs channels-last: strided slices as one operation, the layout put right before what loses it.
 
     `parts`: the modules that the graph calls by name; `keeping`: kinds of them, beside torch's, that keep the layout.
@@ -76,22 +111,16 @@ def keep_layout(graph: fx.Graph, parts: dict[str, Any], keeping: tuple[type[nn.M
             return node.target in ("relu", "relu_")
         return node.op == "call_function" and node.target in (*_KEEPING_FUNCTIONS, _subsample)
 
-    def in_place(node: fx.Node) -> bool:  # autograd refuses to overwrite a view that such a function made
-        if node.op == "call_module":
-            return bool(getattr(parts[str(node.target)], "inplace", False))
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return name.endswith("_") or name in _IN_PLACE or bool(node.kwargs.get("inplace", False))
-
     for node in list(graph.nodes):
         steps = _strides(node)
-        if steps is not None and not any(map(in_place, node.users)):
+        if steps is not None and not any(in_place(user, parts) for user in node.users):
             node.target, node.args = _subsample, (node.args[0], *steps)
     for node in list(graph.nodes):
         # The result of such an operation alone: what follows it has no images' layout to lose.
         if not keeps(node) or node.target is _subsample:
             continue
         losing = [user for user in node.users if user.op != "output" and not keeps(user)]
-        if losing and not any(map(in_place, losing)):
+        if losing and not any(in_place(user, parts) for user in losing):
             with graph.inserting_after(node):
                 laid = graph.call_function(_laid, (node,))
             for user in losing:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from robustlayers.normalization.fold_layers import (
     is_affine,
     is_plain,
 )
-from robustlayers.normalization.fold_layout import keep_layout
+from robustlayers.normalization.fold_layout import keep_layout, overwrites_views
 from robustlayers.normalization.fold_watch import Watch
 from robustlayers.selection.inventory import is_norm
 
@@ -88,6 +88,18 @@ class _Trace:
     watches: list[Watch]
 
 
+class _Proxy(fx.Proxy):
+    """Traces `x += y` as what it is, where `fx` writes `x + y`: something else where `x` is a view, or is read again."""
+
+    def _in_place(self, operation: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    __iadd__ = partialmethod(_in_place, operator.iadd)
+    __isub__ = partialmethod(_in_place, operator.isub)
+    __imul__ = partialmethod(_in_place, operator.imul)
+    __itruediv__ = partialmethod(_in_place, operator.itruediv)
+
+
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else what a forward computes from buffers alone would be a constant
 
@@ -109,6 +121,9 @@ class _Tracer(fx.Tracer):
         if why is not None:
             self.as_it_is[module_qualified_name] = why
         return why is not None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         try:
@@ -222,7 +237,7 @@ def _same_draws(now: Any, was: Any) -> bool:
 
 def _any_layout(trace: _Trace) -> bool:
     """Tell whether the graph surely gives the same result where tensors are laid out channels-last."""
-    if trace.as_it_is:
+    if trace.as_it_is or overwrites_views(trace.graph, trace.modules):
         return False
     return not any(
         (node.op == "call_method" and node.target in _LAYOUT_METHODS)
@@ -330,9 +345,16 @@ class _Rewriting:
         operand = node.args[0] if node.args else None
         if not relu or not isinstance(operand, fx.Node) or len(operand.users) != 1:
             return
-        if operand.op == "call_module":
-            new = isinstance(self.parts[str(operand.target)], Folded | MultiplyAdd)
-        else:
-            new = operand.op == "call_function" and operand.target in _ADDITIONS and not operand.kwargs
-        if new:
+        if self.is_new(operand):
             node.op, node.target, node.args, node.kwargs = "call_function", torch.relu_, (operand,), {}
+
+    def is_new(self, node: fx.Node) -> bool:
+        """Tell whether the result of `node` is a tensor that nothing but its users holds, and no backward needs."""
+        if node.op == "call_module":
+            return isinstance(self.parts[str(node.target)], Folded | MultiplyAdd)
+        if node.op != "call_function" or node.kwargs:
+            return False
+        first = node.args[0] if node.args else None
+        if node.target is operator.iadd:
+            return isinstance(first, fx.Node) and len(first.users) == 1 and self.is_new(first)
+        return node.target in _ADDITIONS
