@@ -136,4 +136,33 @@ def test_rows_are_plain_and_the_plot_marks_the_choice(worse):
     rows = json.loads(json.dumps(found.rows(), allow_nan=False))
     assert [row["alpha"] for row in rows if row["chosen"]] == [found.alpha] and "state" not in rows[0]
     axes = found.plot()
-    assert [line.get_label() for line in axes.lines] == ["clean", "robust", f"chosen: {found.alpha:g}"]
+    names = [line.get_label() for line in axes.lines if not str(line.get_label()).startswith("_")]
+    assert names == ["clean", "robust"] and axes.get_xlabel().endswith(f"chosen: {found.alpha:g}")
+    assert axes.lines[1].get_ydata()[0] == 0  # type: ignore[index]
+
+
+def test_the_line_is_measured_on_other_images_that_choose_nothing(worse):
+    model, train, x, y = worse
+    options = {"epochs": 2, "optimizer": FAST, "alphas": [0.5, 1], "tolerance": 1, "train_batch_size": 20}
+    seen = []
+    found = rift(
+        model, "linear", train, x[:20], y[:20], ATTACK, **options, measure_on=(x[20:], y[20:]),
+        progress=lambda *what: seen.append(what),
+    )  # fmt: skip
+    alone = rift(model, "linear", train, x[:20], y[:20], ATTACK, **options)
+    assert (found.alpha, found.points, alone.measured) == (alone.alpha, alone.points, ())
+    assert all(torch.equal(found.state[name], alone.state[name]) for name in alone.state)
+    assert [(p.alpha, p.allowed) for p in found.measured] == [(p.alpha, p.allowed) for p in found.points]
+    chosen = copy.deepcopy(model)
+    chosen.load_state_dict(found.state)
+    for net, point in ((model, found.before), (chosen, found.after)):
+        assert (point.clean_accuracy, point.robust_accuracy) == (
+            accuracy(net, x[20:], y[20:]),
+            accuracy(net, x[20:], y[20:], ATTACK),
+        )
+    assert {(row["on"], row["alpha"]) for row in found.rows()} == {
+        (kind, alpha) for kind in ("selection", "measurement") for alpha in (0, 0.5, 1)
+    }
+    done = [done for _, done, _ in seen]
+    assert done == sorted(done) and len({total for *_, total in seen}) == 1 and done[-1] == seen[-1][2]
+    assert len([line for line in found.plot().lines if not str(line.get_label()).startswith("_")]) == 4

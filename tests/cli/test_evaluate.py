@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 from importlib import import_module
@@ -14,7 +13,10 @@ import pytest
 import torch
 
 from robustlayers import models
+from robustlayers.attacks import Linf
 from robustlayers.core.files import verify_manifest, write_tensors
+from robustlayers.evaluation import CORRUPTIONS, corruption_accuracy
+from robustlayers.evaluation.autoattack import autoattack_label, standard
 
 STUDY = """\
 question: Does it run?
@@ -32,7 +34,7 @@ factors:
 seeds: [3, 4]
 evaluate: {attacks: [pgd-1], monitor: {attack: pgd-1, images: 10}}
 """
-LABEL = "APGD-CE+T+FAB-T+Square" if importlib.util.find_spec("pyautoattack") else "APGD-CE+T+Square"
+LABEL = autoattack_label(standard(Linf("8/255"), 5)[0], 0, whole=False).partition(",")[0]
 
 
 @pytest.fixture
@@ -105,10 +107,13 @@ def test_the_table_the_rows_and_what_is_kept(call):
     label = f"{LABEL}, n=12"
     rows = _rows("out/rows.csv")
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    assert (metrics[:2], metrics[-2:]) == (["clean", "fgsm"], [label, "robust"])
+    assert (metrics[:2], metrics[-3:]) == (["clean", "fgsm"], [label, "robust", "ece"])
     parts = ["apgd-ce", "apgd-t", *(["fab-t"] if "FAB" in label else []), "square-5000"]
-    assert metrics[2:-2] == [f"{label}: {name}" for name in parts]
+    assert metrics[2:-3] == [f"{label}: {name}" for name in parts]
     every = {row["metric"]: row for row in rows if not row["class"]}
+    error = every.pop("ece")
+    assert (error["count"], error["low"], error["attack"]) == ("", "", "")
+    assert f"calibration error {100 * float(error['value']):.1f} points" in out
     for row in every.values():
         assert (row["total"], row["split"], row["normalization"], row["seed"]) == ("12", "test", "running", "0")
         assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
@@ -125,6 +130,32 @@ def test_the_table_the_rows_and_what_is_kept(call):
     assert Path("out/rows.csv").read_bytes() == before
     code, _, err = call("evaluate", *NAMED, "--option", "bias=true", *arguments[5:], "--attack", "fgsm")
     assert code == 2, err
+
+
+@pytest.mark.usefixtures("_weights")
+def test_corruptions_and_sanity_stand_beside_the_attacks(call, monkeypatch):
+    arguments = [*NAMED, "--weights", "w.safetensors", "--eps", "0.02", "--attack", "fgsm", "--out", "out"]
+    code, out, err = call("evaluate", *arguments, "--sanity", "--corruptions", "noise", "--corruptions", "spatter")
+    assert code == 0, err
+    rows = {row["metric"]: row for row in _rows("out/rows.csv") if not row["class"]}
+    model = models.build("small-cnn", seed=0, width=4, channels=1, classes=5)
+    arrays = np.load("data.npz")
+    x, y = torch.from_numpy(arrays["test_images"])[:, None], torch.from_numpy(arrays["test_labels"])
+    families = [name for name, one in CORRUPTIONS.items() if one.group == "noise" or name == "spatter"]
+    table = corruption_accuracy(model, x, y, families)
+    assert len([name for name in rows if name.startswith("corrupted")]) == 1 + 4 + 4 * 5
+    for line in table.rows()[1:]:
+        row = rows[f"corrupted:{line['family']}:{line['severity']}"]
+        assert [float(row[key]) for key in ("value", "low", "high")] == [
+            line[key] for key in ("accuracy", "low", "high")
+        ]
+    assert float(rows["corrupted"]["value"]) == pytest.approx(table.mean) and rows["corrupted"]["low"] == ""
+    assert "severity 5" in out and f"{table.mean:.1%}" in out
+    assert "sanity on 20 images: " in out and "\neps " in out and "\nsteps " in out
+    assert Path("out/sanity-eps.svg").exists() and verify_manifest(Path("out"), digests=True) == []
+    flags = rows["clean"]["flags"]
+    assert (f"flag: {flags.split('; ')[0]}. " in out) == bool(flags)  # with what it means
+    assert call("verify", "out")[0] == 0
 
 
 @pytest.mark.usefixtures("_weights")
@@ -158,6 +189,18 @@ def test_a_function_and_a_state_dict_of_torch(call):
         ([*NAMED, "--weights", "w.pt", "--images", "21"], ["--images: 21 is not allowed; allowed: 1 to 20"]),
         ([*NAMED, "--weights", "w.pt", "--arm", "a"], ["--arm: means a part of a study; small-cnn is a model's name"]),
         ([*NAMED, "--option", "width"], ["--option: 'width' is not NAME=VALUE, such as depth=20"]),
+        (
+            [*NAMED, "--weights", "w.pt", "--eps", "1", "--corruptions", "fogg"],
+            ["--corruptions: unknown corruption 'fogg'; nearest: fog; ..."],
+        ),
+        (
+            [*NAMED, "--weights", "w.pt", "--eps", "1", "--corruptions", "saturate"],
+            ["--corruptions: saturate: not for images with 1 channel(s); allowed: 3"],
+        ),
+        (
+            [*NAMED, "--weights", "w.pt", "--eps", "0", "--sanity"],
+            ["--eps: 0 leaves nothing for --sanity to try; allowed: more than 0"],
+        ),
         ([*NAMED, "--rename", "a"], ["--rename: 'a' is not OLD=NEW, ..."]),
         ([*NAMED, "--batch-size", "0"], ["--batch-size: 0 is not allowed; allowed: at least 1"]),
         ([*NAMED, "--out", "w.pt"], ["--out: is a file; name a folder"]),

@@ -17,8 +17,8 @@ from robustlayers.evaluation import corruption_formulas as formulas
 from robustlayers.evaluation._filters import blur, box_resize, disk, filtered, motion, sample, zoomed
 from robustlayers.evaluation.corruptions import SEVERITIES, CorruptionTable
 
-# Their published numbers change character on the way: other radii, other blends.
-NOT_RISING = {"glass-blur", "procedural-frost", "elastic-transform", "saturate"}
+# Their published numbers change character on the way: other radii, other blends, water and then mud.
+NOT_RISING = {"glass-blur", "procedural-frost", "elastic-transform", "saturate", "spatter"}
 
 
 def draws(n, seed=0):
@@ -44,8 +44,13 @@ def test_the_benchmarks_families_are_there():
         "blur": 4,
         "weather": 4,
         "digital": 4,
-        "extra": 3,
+        "extra": 4,
     }
+    paper = (
+        "gaussian-noise shot-noise impulse-noise defocus-blur glass-blur motion-blur zoom-blur snow procedural-frost fog "
+        "brightness contrast elastic-transform pixelate jpeg-compression speckle-noise gaussian-blur spatter saturate"
+    )
+    assert list(CORRUPTIONS) == paper.split()
 
 
 @pytest.mark.parametrize("family", CORRUPTIONS)
@@ -239,6 +244,56 @@ def test_snow_and_frost_are_bright_and_frost_keeps_a_share(pictures):
     white = formulas.frost(torch.ones(4, 3, 32, 32), (0.75, 0.45), draws(4))
     dark = formulas.frost(torch.zeros(4, 3, 32, 32), (0.75, 0.45), draws(4))
     assert torch.allclose(white - dark, torch.full_like(white, 0.75), atol=1e-6)
+
+
+def test_distances_and_equalized_numbers_are_scipys_and_by_hand():
+    marked = torch.rand(5, 1, 9, 13, generator=torch.Generator().manual_seed(0)) < 0.05
+    marked[4] = False
+    found = formulas._distances(marked)
+    for image, distances in zip(marked[:4, 0].numpy(), found[:4, 0].numpy(), strict=True):
+        assert np.allclose(distances, ndimage.distance_transform_edt(~image))
+    assert float(found[4].min()) > 20  # nothing marked: far
+    values = torch.tensor([3, 3, 5, 5, 5, 9, 9, 9, 9, 9]).view(1, 1, 2, 5)
+    expected = torch.tensor([0, 0, 3, 3, 3, 8, 8, 8, 8, 8]).view(1, 1, 2, 5).double() / 8
+    assert torch.allclose(formulas._equalized(values, 21), expected)
+    assert not formulas._equalized(torch.full((1, 1, 2, 2), 7), 21).any()
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_spatter_shines_or_covers_where_the_blurred_layer_is_above_its_threshold(severity):
+    mean, deviation, sigma, threshold, strength, mud = CORRUPTIONS["spatter"].levels[severity - 1]
+    n, size = 60, 32
+    x = torch.full((n, 3, size, size), 0.4)
+    z = corrupt(x, "spatter", severity)
+    changed = (z != x).any(1)
+    # How much is wet is what a normal layer after that blur has above the threshold.
+    impulse = torch.zeros(1, 1, 33, 33, dtype=torch.float64)
+    impulse[..., 16, 16] = 1
+    spread = deviation * float(blur(impulse, sigma).square().sum().sqrt())
+    share = float(torch.special.ndtr(torch.tensor((mean - threshold) / spread, dtype=torch.float64)))
+    found = float(changed.double().mean())
+    if mud:
+        brown = torch.tensor([63, 42, 20]).view(3, 1, 1) / 255
+        cover = (0.4 - z) / (0.4 - brown)  # one and the same share for all colors
+        assert torch.allclose(cover[:, 0], cover[:, 2], atol=1e-5)
+        assert bool(((cover[:, 0] >= 0.8 - 1e-5) | ~changed).all()) and found < share
+    else:
+        shine = (z - x).flatten(2)
+        tint = torch.tensor([175, 238, 238]) / 255
+        assert torch.allclose(
+            shine.amax(2), (strength * tint).expand(n, 3), atol=1e-5
+        )  # the brightest drop of each image
+        assert bool((z >= x).all()) and 0.5 * share < found <= share + 0.01  # a drop in full shade does not show
+    rough = (changed[:, 1:] != changed[:, :-1]).double().mean() / (2 * found * (1 - found))
+    assert float(rough) < 0.95  # pixels beside each other are alike: drops, not noise
+
+
+def test_spatter_rises_within_water_and_within_mud_and_dry_images_stay():
+    x = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    distances = [float((corrupt(x, "spatter", s) - x).square().mean().sqrt()) for s in SEVERITIES]
+    assert distances[0] < distances[1] < distances[2] and distances[3] < distances[4]
+    for mud in (False, True):
+        assert torch.equal(formulas.spatter(x, (0.1, 0.01, 1.0, 0.7, 0.5, mud), draws(40)), x)
 
 
 # -- digital -------------------------------------------------------------------------------------------------------

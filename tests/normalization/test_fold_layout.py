@@ -81,7 +81,7 @@ def test_a_graph_without_channels_last_is_left_alone() -> None:
     run = forward._plan.run
     assert isinstance(run, fx.GraphModule)
     names = [getattr(node.target, "__name__", "") for node in run.graph.nodes]
-    assert "_subsample" not in names and "_laid" not in names
+    assert "subsample" not in names and "_laid" not in names
 
 
 def test_a_slice_of_a_batch_of_vectors_or_volumes_is_as_written() -> None:

@@ -64,6 +64,7 @@ def _look(net: Callable[..., nn.Module], other: bool, arm: str, against: str) ->
         sources={"initial": lambda: start, "random": lambda: start},
         curve=points,
         phase="main",
+        nets={arm: model, against: second},
     )
 
 
@@ -76,7 +77,7 @@ def found(net: Callable[..., nn.Module]) -> Callable[[str, str], list[Analyzed]]
         made = []
         for one in ANALYSES.values():
             for pair in (False, True):
-                if not (one.between if pair else one.alone):
+                if not (one.between if pair else one.alone or one.together):
                     continue
                 if (one.name, pair) not in cache:
                     cache[one.name, pair] = one.run(_look(net, pair, "norm", "none"))
@@ -85,7 +86,7 @@ def found(net: Callable[..., nn.Module]) -> Callable[[str, str], list[Analyzed]]
                     Analyzed(
                         analysis=one.name,
                         identity="0" * 16,
-                        arm=arm,
+                        arm="" if one.together else arm,
                         against=against if pair else "",
                         seed=0,
                         checkpoint="best",
@@ -97,6 +98,7 @@ def found(net: Callable[..., nn.Module]) -> Callable[[str, str], list[Analyzed]]
                         payload=encoded(some.payload),
                         rows=some.rows,
                         arrays={name: tensor.numpy() for name, tensor in some.arrays.items()},
+                        arms=[arm, against] if pair or one.together else [arm],
                     )
                 )
         return made

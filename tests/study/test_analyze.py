@@ -27,6 +27,7 @@ from robustlayers.study.definition import load_study
 from robustlayers.study.semantics import build_model, data_of
 from robustlayers.study.store import Store
 
+USUAL = [name for name, one in ANALYSES.items() if not one.trains and not one.together]
 QUICK = Asked(what=["overfitting", "signal"], arms=["norm"], images=12)
 
 
@@ -69,7 +70,10 @@ def test_every_analysis_keeps_a_whole_result_that_reads_back(seen: Store) -> Non
     found = collect_analyses(seen, read_json(seen.plan))
     looked = {(one.analysis, bool(one.against)) for one in found}
     assert looked == {
-        (one.name, pair) for one in ANALYSES.values() for pair in (False, True) if (one.alone, one.between)[pair]
+        (one.name, pair)
+        for one in ANALYSES.values()
+        for pair in (False, True)
+        if (one.alone, one.between)[pair] and not one.trains
     }
     for one in found:
         folder = seen.root / "analyses" / one.analysis / one.identity
@@ -128,7 +132,8 @@ def test_no_test_image_is_ever_read(store: Store, monkeypatch: pytest.MonkeyPatc
 def test_a_repeated_command_does_nothing(seen: Store) -> None:
     before = {path: path.stat().st_mtime_ns for path in (seen.root / "analyses").rglob("*.json")}
     planned = plan_analyses(seen, Asked(arms=["norm"], against="none", images=12))
-    assert not planned.left and len(planned.done) == len(ANALYSES) + 2  # cka and interpolation are alone and between
+    assert not planned.left and len(planned.done) == len(USUAL) + 2  # cka and interpolation are alone and between
+    assert any("transfer: is of two arms or more, and there is only norm" in note for note in planned.notes)
     run_analyses(seen, planned.left, lambda job, share, what: None)
     assert {path: path.stat().st_mtime_ns for path in (seen.root / "analyses").rglob("*.json")} == before
 
@@ -233,7 +238,7 @@ def test_scores_feed_a_selector(seen: Store) -> None:
 def test_the_summary_holds_the_nets_of_the_present_plan_only(seen: Store, tmp_path: Path) -> None:
     shutil.copytree(seen.root, tmp_path / "out")
     store = Store(tmp_path / "out")
-    assert len(collect(store).analyses) == len(ANALYSES) + 2
+    assert len(collect(store).analyses) == len(USUAL) + 2
     plan = read_json(store.plan)
     for arm in plan["arms"]:
         if arm["name"] == "none":

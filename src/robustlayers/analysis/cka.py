@@ -27,6 +27,7 @@ __all__ = [
     "Parting",
     "Side",
     "Similarity",
+    "alignments",
     "center",
     "check_permutations",
     "cka",
@@ -215,45 +216,64 @@ def cka(
     >>> found.values.shape, round(float(found.values[0, 0]), 6)
     ((2, 2), 1.0)
     """
-    if estimator not in _ESTIMATORS:
-        raise UserError(one_of("estimator", str(estimator), _ESTIMATORS))
-    need = 4 if estimator == "unbiased" else 2
-    check_permutations(permutations, generator)
     first = layers_of(model, layers, example=x)
     sides = sides_of(model, x, first, other, other_x, layers if other_layers is None else other_layers)
-    second = sides[-1].layers
-    cross = np.zeros((len(first), len(second)))
-    own, its = np.zeros(len(first)), np.zeros(len(second))
-    chance = np.zeros((permutations, *cross.shape))
-    largest = 0
-    done = 0
-    for grams in gram_batches(sides, batch_size, pool=pool, least=need):
-        mine, theirs = (center(gram, estimator).flatten(1) for gram in (grams[0], grams[-1]))
+    options: dict[str, Any] = {"estimator": estimator, "permutations": permutations, "generator": generator}
+    (found,) = alignments(sides, [(0, len(sides) - 1)], batch_size, pool=pool, progress=progress, **options)
+    return found
+
+
+def alignments(
+    sides: Sequence[Side],
+    pairs: Sequence[tuple[int, int]],
+    batch_size: int,
+    *,
+    pool: bool = False,
+    estimator: Estimator = "unbiased",
+    permutations: int = 0,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> list[CKA]:
+    """Return the CKA of pairs of sides, by their places: each side is run once, whatever number of pairs it is in.
+
+    The baselines of all pairs are drawn with the same orders. Other arguments and errors as in `cka`.
+    """
+    if estimator not in _ESTIMATORS:
+        raise UserError(one_of("estimator", str(estimator), _ESTIMATORS))
+    check_permutations(permutations, generator)
+    need, count = 4 if estimator == "unbiased" else 2, len(sides[0].x)
+    own = [np.zeros(len(side.layers)) for side in sides]
+    cross = [np.zeros((len(own[i]), len(own[j]))) for i, j in pairs]
+    chance = [np.zeros((permutations, *values.shape)) for values in cross]
+    largest = done = 0
+    for grams in gram_batches(sides, batch_size, pool=pool, least=need, estimator=estimator):
         n = grams[0].shape[-1]
         # HSIC's divisor, n (n-3) or (n-1)^2, and the weight n of the batch.
         weight = 1 / (n - 3) if estimator == "unbiased" else n / (n - 1) ** 2
-        cross += weight * (mine @ theirs.T).numpy()
-        own += weight * mine.square().sum(1).numpy()
-        its += weight * theirs.square().sum(1).numpy()
+        flat = [gram.flatten(1) for gram in grams]
+        for mine, gram in zip(own, flat, strict=True):
+            mine += weight * gram.square().sum(1).numpy()
+        for values, (i, j) in zip(cross, pairs, strict=True):
+            values += weight * (flat[i] @ flat[j].T).numpy()
         for draw in range(permutations):
             order = shuffle(n, generator)
             shuffled = (order[:, None] * n + order[None]).flatten()
-            chance[draw] += weight * (mine @ theirs[:, shuffled].T).numpy()
+            for right in dict.fromkeys(j for _, j in pairs):
+                theirs = flat[right][:, shuffled]
+                for place, (i, j) in enumerate(pairs):
+                    if j == right:
+                        chance[place][draw] += weight * (flat[i] @ theirs.T).numpy()
         largest, done = max(largest, n), done + n
         if progress is not None:
-            progress("cka", done, len(x))
-    own, its = (np.where(value > 0, value, np.nan) for value in (own, its))
-    scale = np.sqrt(own)[:, None] * np.sqrt(its)[None]
-    return CKA(
-        rows_layers=first,
-        columns_layers=second,
-        values=cross / scale,
-        baseline=chance / scale if permutations else None,
-        samples=len(x),
-        batch_size=largest,
-        metric="CKA",
-        estimator=estimator,
-    )
+            progress("cka", done, count)
+    root = [np.sqrt(np.where(value > 0, value, np.nan)) for value in own]
+    found = []
+    for values, floor, (i, j) in zip(cross, chance, pairs, strict=True):
+        scale = root[i][:, None] * root[j][None]
+        baseline = floor / scale if permutations else None
+        layers = sides[i].layers, sides[j].layers
+        found.append(CKA(*layers, values / scale, baseline, count, largest, "CKA", estimator))
+    return found
 
 
 def center(grams: Tensor, estimator: Estimator = "unbiased") -> Tensor:
@@ -305,9 +325,18 @@ def sides_of(
 
 
 def gram_batches(
-    sides: Sequence[Side], batch_size: int, *, pool: bool, least: int, precise: bool = False
+    sides: Sequence[Side],
+    batch_size: int,
+    *,
+    pool: bool,
+    least: int,
+    precise: bool = False,
+    estimator: Estimator | None = None,
 ) -> Iterator[list[Tensor]]:
-    """Yield for each batch the Gram matrices of every side, [layers, n, n] in float64 on the CPU; see `gram`."""
+    """Yield for each batch the Gram matrices of every side, [layers, n, n] in float64 on the CPU; see `gram`.
+
+    With an `estimator` they are centered as `center` does.
+    """
     for batch in batches(len(sides[0].x), batch_size, least):
         found = []
         for side in sides:
@@ -315,7 +344,8 @@ def gram_batches(
             grams = torch.empty(len(side.layers), n, n, dtype=torch.float64)
 
             def keep(index: int, output: Tensor, grams: Tensor = grams) -> None:
-                grams[index] = gram(output, pool=pool, precise=precise)
+                one = gram(output, pool=pool, precise=precise)
+                grams[index] = one if estimator is None else center(one, estimator)
 
             capture(side.model, side.x[batch], side.layers, keep)
             found.append(grams)

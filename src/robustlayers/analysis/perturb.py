@@ -14,10 +14,13 @@ from robustlayers.evaluation import Progress
 from robustlayers.evaluation._still import check_labels, device_of, images, still
 from robustlayers.normalization import crafting_forward
 
-__all__ = ["Kind", "craft", "noise_like"]
+__all__ = ["Kind", "Rounding", "as_bytes", "craft", "noise_like"]
 
 Kind = Literal["gaussian", "uniform"]
+Rounding = Literal["round", "cast"]
 _KINDS = ("gaussian", "uniform")
+_ROUNDINGS = ("round", "cast")
+_NEAR = 1e-4  # of a step: rounding in single precision
 _HALVINGS = 60  # of the interval that holds the factor: to the rounding of a double
 
 
@@ -105,3 +108,30 @@ def noise_like(x: Tensor, perturbed: Tensor, kind: Kind, *, norm: str = "l2", ge
         short = size(noisy(middle) - natural) < target
         low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     return noisy(high)
+
+
+def as_bytes(x: Tensor, how: Rounding = "round") -> Tensor:
+    """Return floats as an image file would hold them: multiples of 1/255 in [0, 1], of the same shape and dtype.
+
+    `round`: clipped to [0, 1] and rounded to the nearest. `cast`: what `(255 * x).astype(numpy.uint8)` does, which some
+    published code does with perturbed images: cut off, not rounded, and what leaves the box comes back at its other end,
+    so that 256 is 0 and -1 is 255. An image of bytes keeps its values under both; a perturbation of less than half a
+    step is lost under `round`, and `cast` takes up to a whole step from any.
+
+    Raises `UserError` for an unknown way, and for values that are no finite floats.
+
+    >>> x = torch.tensor([-1.0, 99.7, 256.0]) / 255
+    >>> (255 * as_bytes(x)).round().tolist(), (255 * as_bytes(x, "cast")).round().tolist()
+    ([0.0, 100.0, 255.0], [255.0, 99.0, 0.0])
+    """
+    if how not in _ROUNDINGS:
+        raise UserError(one_of("way to make bytes", str(how), _ROUNDINGS))
+    if not x.is_floating_point() or not bool(x.isfinite().all()):
+        raise UserError(f"only finite floats can be turned into bytes; got {x.dtype}")
+    steps = 255 * x.double()
+    if how == "round":
+        return (steps.round().clamp(0, 255) / 255).to(x.dtype)
+    # A byte divided by 255 in single precision comes back a little under its number: it is meant to be that number.
+    near = steps.round()
+    steps = torch.where((steps - near).abs() < _NEAR, near, steps)
+    return (steps.trunc().remainder(256) / 255).to(x.dtype)

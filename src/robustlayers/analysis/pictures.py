@@ -1,9 +1,8 @@
-"""What a net looks at and for: the gradient of its loss for the input, and the filters of its first convolution."""
+"""What a net looks at and for: filters of its first convolution, gradients for the input, what an attack makes of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustlayers.analysis._axes import axes_or_new
 from robustlayers.analysis._ground import finite_row
+from robustlayers.analysis._sheets import picture, sheet, signed
 from robustlayers.analysis.activations import batches
-from robustlayers.attacks import is_correct
+from robustlayers.analysis.perturb import craft
+from robustlayers.attacks import Attack, is_correct, label
 from robustlayers.core.errors import UserError
+from robustlayers.core.random import stream
 from robustlayers.evaluation import Progress
 from robustlayers.evaluation._still import check_labels, device_of, images, still
 from robustlayers.selection import Inventory, order_of, resolve
@@ -24,7 +25,7 @@ from robustlayers.selection import Inventory, order_of, resolve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Filters", "InputGradients", "first_filters", "input_gradients"]
+__all__ = ["Filters", "InputGradients", "Perturbations", "first_filters", "input_gradients", "perturbations"]
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,16 @@ class InputGradients:
     def plot(self, axes: Axes | None = None, *, most: int = 8) -> Axes:
         """Draw images and, below them, their gradients: where a change of a pixel changes the loss.
 
-        How to read it: mid-gray is no gradient, darker lowers the loss when the pixel is made brighter, brighter raises
-        it, each image on its own scale (three times its standard deviation). Gradients of robust nets follow the shape of
-        the object, those of natural nets look like noise.
+        How to read it: mid-gray is no gradient; where a pixel is orange the loss rises when it is made brighter, where it is
+        blue it falls; of color images each channel is shown around mid-gray. Every map has its own scale, three times its
+        standard deviation. Gradients of robust nets follow the shape of the object, those of natural nets look like noise.
         """
-        shown = slice(0, most)
-        gradients = self.gradients[shown]
-        scale = 3 * gradients.reshape(len(gradients), -1).std(1)
-        scaled = 0.5 + 0.5 * gradients / np.where(scale > 0, scale, 1)[:, None, None, None]
-        return _sheet([self.images[shown], scaled], axes, ["image", "gradient"])
+        lines = [[picture(image) for image in self.images[:most]], self.maps()[:most]]
+        return sheet(lines, axes, ["image", "gradient"])
+
+    def maps(self) -> list[np.ndarray]:
+        """Return each gradient as a picture [h, w, 3] in [0, 1], on its own scale."""
+        return [signed(gradient, 3 * float(gradient.std())) for gradient in self.gradients]
 
 
 def input_gradients(
@@ -121,15 +123,20 @@ class Filters:
         return found
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw each filter as a small picture, in color if it has three channels, else the mean of its channels.
+        """Draw each filter as a small picture: three channels in color around mid-gray, else the mean of its channels.
 
-        How to read it: mid-gray is weight zero, and all filters have the same scale, so a filter that is gray all over
-        does little. Smooth filters keep noise out; checkered ones let the finest patterns of a perturbation in.
+        How to read it: mid-gray is weight zero, orange above, blue below it, and all filters of a net have the same scale,
+        so a filter that is gray all over does little. Smooth filters keep noise out; checkered ones let the finest patterns
+        of a perturbation in.
         """
-        reach = float(np.abs(self.weights).max(initial=0)) or 1.0
-        scaled = 0.5 + 0.5 * self.weights / reach
-        columns = math.ceil(math.sqrt(2 * len(scaled)))
-        return _sheet([scaled[first : first + columns] for first in range(0, len(scaled), columns)], axes)
+        shown = self.maps()
+        columns = math.ceil(math.sqrt(2 * len(shown)))
+        return sheet([shown[first : first + columns] for first in range(0, len(shown), columns)], axes)
+
+    def maps(self) -> list[np.ndarray]:
+        """Return each filter as a picture [h, w, 3] in [0, 1]; full color is the largest weight of all."""
+        reach = float(np.abs(self.weights).max(initial=0))
+        return [signed(weights, reach) for weights in self.weights]
 
 
 def first_filters(model: nn.Module, layers: str = "conv", *, example: Tensor | None = None) -> Filters:
@@ -153,21 +160,90 @@ def first_filters(model: nn.Module, layers: str = "conv", *, example: Tensor | N
     raise UserError(f"{layers!r} picks no convolution over images that runs in {type(model).__name__}")
 
 
-def _sheet(lines: Sequence[np.ndarray], axes: Axes | None, names: Sequence[str] = ()) -> Axes:
-    """Draw lines of pictures [n, c, h, w] around 0.5 on one pair of axes, without a scale."""
-    columns, gap = max(len(line) for line in lines), 0.08
-    axes = axes_or_new(axes, 0.75 * columns + 0.8, 0.75 * len(lines) + 0.2)
-    for row, line in enumerate(lines):
-        for column, picture in enumerate(line):
-            if len(picture) != 3:
-                picture = np.repeat(picture.mean(0, keepdims=True), 3, axis=0)
-            box = (column, column + 1 - gap, row + 1 - gap, row)
-            axes.imshow(np.moveaxis(np.clip(picture, 0, 1), 0, -1), extent=box, interpolation="nearest")
-    axes.set_xlim(0, columns)
-    axes.set_ylim(len(lines), 0)
-    axes.set_xticks([])
-    axes.set_yticks([row + 0.5 for row in range(len(names))], list(names))
-    axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    return axes
+@dataclass(frozen=True)
+class Perturbations:
+    """What an attack made of some images; see `perturbations`."""
+
+    images: np.ndarray  # [n, c, h, w] in [0, 1]
+    adversarial: np.ndarray  # the same shape
+    right: np.ndarray  # bool [n]: before the attack
+    right_attacked: np.ndarray  # bool [n]
+    losses: np.ndarray  # [n], nats, before
+    losses_attacked: np.ndarray  # [n]
+
+    @property
+    def reach(self) -> float:
+        """The largest change of any pixel."""
+        return float(np.abs(self.adversarial - self.images).max(initial=0))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one row for each image: right or wrong and loss before and after, and norms of the change."""
+        change = (self.adversarial.astype(float) - self.images).reshape(len(self.images), -1)
+        return [
+            finite_row(
+                {
+                    "image": index,
+                    "right": bool(self.right[index]),
+                    "right_attacked": bool(self.right_attacked[index]),
+                    "loss": float(self.losses[index]),
+                    "loss_attacked": float(self.losses_attacked[index]),
+                    "change_l1": float(np.abs(moved).sum()),
+                    "change_l2": float(np.linalg.norm(moved)),
+                    "change_linf": float(np.abs(moved).max(initial=0)),
+                }
+            )
+            for index, moved in enumerate(change)
+        ]
+
+    def maps(self, reach: float | None = None) -> list[np.ndarray]:
+        """Return each change as a picture [h, w, 3] in [0, 1]; full color is `reach`, the largest change unless given."""
+        far = self.reach if reach is None else reach
+        return [
+            signed(one - image, far) for one, image in zip(self.adversarial.astype(float), self.images, strict=True)
+        ]
+
+    def plot(self, axes: Axes | None = None, *, most: int = 8) -> Axes:
+        """Draw images, the same under attack, and what the attack changed.
+
+        How to read it: mid-gray is no change, orange brighter, blue darker, of color images each channel around mid-gray;
+        full color is the largest change that occurs. What has to be done to a robust net looks like parts of an object,
+        what is enough for a natural one looks like noise.
+        """
+        seen = [[picture(one) for one in images[:most]] for images in (self.images, self.adversarial)]
+        return sheet([*seen, self.maps()[:most]], axes, ["image", "attacked", "change"])
+
+
+def perturbations(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    *,
+    seed: int = 0,
+    batch_size: int = 250,
+    progress: Progress | None = None,
+) -> Perturbations:
+    """Return what an attack on `model` makes of images, and what the model says before and after.
+
+    `x`: images [n, c, h, w], uint8 or floats in [0, 1]; `y`: labels [n]; `seed`: of the attack's draws. The model runs in
+    evaluation mode with norm layers by running statistics, and is left as it was. `progress(what, images done, images)`.
+
+    >>> from robustlayers.attacks import FGSM, Linf
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    >>> found = perturbations(net, torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), FGSM(Linf("8/255")))
+    >>> bool((found.losses_attacked > found.losses).all()), round(255 * found.reach)
+    (True, 8)
+    """
+    draws = stream(seed, "analysis", label(attack))
+    made = craft(model, x, y, attack, generator=draws, batch_size=batch_size, progress=progress)
+    device = device_of(model, x)
+    natural = images(x, device)
+    found: list[np.ndarray] = []
+    with torch.inference_mode(False), still(model, device), torch.no_grad():
+        labels = y.to(device).long()
+        for shown in (natural, made.to(device)):
+            logits = torch.cat([model(shown[batch]) for batch in batches(len(shown), batch_size)])
+            found.append(is_correct(logits, labels).cpu().numpy())
+            found.append(functional.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy())
+    right, losses, right_attacked, losses_attacked = found
+    return Perturbations(natural.cpu().numpy(), made.cpu().numpy(), right, right_attacked, losses, losses_attacked)

@@ -6,7 +6,8 @@
 
 Zhu et al. 2023, "Improving Generalization of Adversarial Training via Robust Critical Fine-Tuning", section 3,
 arXiv 2308.02533. Here everything but the group is frozen, running statistics included, which the published code lets
-drift to clean images; and alpha is chosen on images that the caller hands in, which must not be the test set.
+drift to clean images; and alpha is chosen on images that the caller hands in, which must not be the test set. What is
+chosen on some images looks better on them than it is, so the line can be measured on others too.
 """
 
 from __future__ import annotations
@@ -54,40 +55,54 @@ class Rift:
     """A robust critical fine-tuning: what it reached along the line, and the weights that were chosen.
 
     How to read it: clean accuracy rises with alpha until the group is fully fine-tuned (1); alpha is as far along as the
-    robust line stays level. An alpha of 0 means that no step was worth its price.
+    robust line stays level. An alpha of 0 means that no step was worth its price. Where some lines are dashed, they are the
+    images that alpha was chosen on; the solid ones are others, which neither learned nor chose, and count.
     """
 
     group: str
     alpha: float
     tolerance: float
-    points: tuple[RiftPoint, ...]
+    points: tuple[RiftPoint, ...]  # on the images that alpha was chosen on
     state: dict[str, Tensor] = field(repr=False, compare=False)  # of the whole model at the chosen alpha
+    measured: tuple[RiftPoint, ...] = ()  # on other images, the same alphas; `allowed` is that of the choice
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one plain row for each alpha, and whether it is the chosen one."""
-        chosen = [{"group": self.group, "chosen": point.alpha == self.alpha, **asdict(point)} for point in self.points]
-        return [finite_row(row) for row in chosen]
+        """Return one plain row for each alpha on each kind of images, and whether it is the chosen one."""
+        found = []
+        for kind, points in (("selection", self.points), ("measurement", self.measured)):
+            found += [
+                {"group": self.group, "on": kind, "chosen": point.alpha == self.alpha, **asdict(point)}
+                for point in points
+            ]
+        return [finite_row(row) for row in found]
 
     @property
     def before(self) -> RiftPoint:
-        """The model before the fine-tuning."""
-        return self.points[0]
+        """The model before the fine-tuning, on the images that neither learned nor chose where there are some."""
+        return (self.measured or self.points)[0]
 
     @property
     def after(self) -> RiftPoint:
-        """The model at the chosen alpha."""
-        return next(point for point in self.points if point.alpha == self.alpha)
+        """The model at the chosen alpha, on the same images as `before`."""
+        return next(point for point in self.measured or self.points if point.alpha == self.alpha)
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw clean and robust accuracy in percent over alpha, with the chosen one."""
+        """Draw what clean and robust accuracy win or lose with alpha, in points, and the chosen one."""
         axes = axes_or_new(axes, 5.0, 3.2)
         alphas = [point.alpha for point in self.points]
+        axes.axhline(0, color=GRAY, linewidth=0.8)
         for kind, paint, mark in (("clean", SERIES[0], "o"), ("robust", SERIES[1], "s")):
-            values = [100 * getattr(point, f"{kind}_accuracy") for point in self.points]
-            axes.plot(alphas, values, color=paint, marker=mark, markersize=4, label=kind)
-        axes.axvline(self.alpha, color=GRAY, linewidth=0.8, label=f"chosen: {self.alpha:g}")
-        axes.set_xlabel("alpha: 0 before, 1 fine-tuned")
-        axes.set_ylabel("accuracy, %")
+            axes.plot(
+                alphas, _won(self.measured or self.points, kind), color=paint, marker=mark, markersize=4, label=kind
+            )
+            if self.measured:
+                dashed = {"color": paint, "linewidth": 1, "linestyle": (0, (4, 3))}
+                axes.plot(alphas, _won(self.points, kind), label=f"{kind}, choosing", **dashed)
+        axes.axvline(self.alpha, color=GRAY, linewidth=0.8)
+        axes.set_xlabel(f"alpha: 0 before, 1 fine-tuned; chosen: {self.alpha:g}")
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, -1), max(high, 1))  # one image more or less is not to look like much
+        axes.set_ylabel("accuracy won, points")
         axes.legend(frameon=False, fontsize="small")
         return axes
 
@@ -107,6 +122,7 @@ def rift(
     augment: Augment | None = None,
     alphas: Sequence[float | str] = ALPHAS,
     tolerance: float | str = 0.001,
+    measure_on: tuple[Tensor, Tensor] | None = None,
     batch_size: int = 500,
     seed: int = 0,
     progress: Progress | None = None,
@@ -128,6 +144,7 @@ def rift(
         alphas: numbers from 0 on, ascending, up to 1; 0 is taken in any case.
         tolerance: the drop of robust accuracy that is allowed, in [0, 1]; the paper's is 0.1 points. On fewer than 1,000
             validation images 0.001 is less than one image, and so nothing.
+        measure_on: other held-out images and their labels; the line is measured on them too, and nothing chosen.
         seed: of the order of images, their augmentation, and the attack's draws.
         progress: called with images done, training images and measured ones.
 
@@ -152,9 +169,21 @@ def rift(
     if not selection:
         raise UserError(f"rift: selector {group!r} picks no parameters, only buffers")
     tuning = epochs * batch_count(len(train), train_batch_size) * train_batch_size
-    measuring = _shifted(progress, tuning)
-    bench = Bench(x, y, attack, batch_size=batch_size, seed=seed, progress=measuring, changes=len(places))
-    total = tuning + bench.total
+    looked = [(x, y), *([] if measure_on is None else [measure_on])]
+    sizes = [Bench(*some, attack, batch_size=batch_size, changes=len(places)).total for some in looked]
+    begins = [tuning, tuning + sizes[0]]
+    total = tuning + sum(sizes)
+    benches = [
+        Bench(
+            *some,
+            attack,
+            batch_size=batch_size,
+            seed=seed,
+            progress=_shifted(progress, begin, total),
+            changes=len(places),
+        )
+        for some, begin in zip(looked, begins, strict=False)
+    ]
 
     def trained(epoch: int, batches: int) -> None:
         if progress is not None:
@@ -179,16 +208,23 @@ def rift(
             trainer.train_epoch(lambda batches, _, epoch=epoch: trained(epoch, batches))
         trainer.verify()
         tuned = snapshot(model)
-    qualities = {}
-    for alpha in places:
-        change = partial(_move, selection, tuned, alpha)
-        (qualities[alpha],) = bench.changed(model, f"alpha {alpha:g}", change).values()
-    points = judged(qualities, allowed)
+    qualities: list[dict[float, Quality]] = []
+    for bench in benches:
+        qualities.append({})
+        for alpha in places:
+            change = partial(_move, selection, tuned, alpha)
+            (qualities[-1][alpha],) = bench.changed(model, f"alpha {alpha:g}", change).values()
+    points = judged(qualities[0], allowed)
     chosen = choose(points)
+    measured = tuple(
+        RiftPoint(point.alpha, point.allowed, **asdict(quality))
+        for other in qualities[1:]
+        for point, quality in zip(points, other.values(), strict=True)
+    )
     with put_back(model):
         _move(selection, tuned, chosen.alpha)
         state = snapshot(model)
-    return Rift(group, chosen.alpha, allowed, points, state)
+    return Rift(group, chosen.alpha, allowed, points, state, measured)
 
 
 def judged(qualities: Mapping[float, Quality], tolerance: float) -> tuple[RiftPoint, ...]:
@@ -207,6 +243,12 @@ def choose(points: Sequence[RiftPoint]) -> RiftPoint:
     return max((p for p in points if p.allowed), key=lambda p: (p.clean_accuracy, p.robust_accuracy, -p.alpha))
 
 
+def _won(points: Sequence[RiftPoint], kind: str) -> list[float]:
+    """Return the accuracy of each point minus that of the first, in points."""
+    values = [getattr(point, f"{kind}_accuracy") for point in points]
+    return [100 * (value - values[0]) for value in values]
+
+
 def _move(selection: Selection, tuned: dict[str, Tensor], alpha: float) -> None:
     interpolate(selection, tuned, alpha, "the fine-tuned model")
 
@@ -223,7 +265,7 @@ def _device(model: nn.Module, x: Tensor) -> torch.device:
     return next((tensor.device for tensor in model.parameters()), x.device)
 
 
-def _shifted(progress: Progress | None, images: int) -> Progress | None:
+def _shifted(progress: Progress | None, before: int, whole: int) -> Progress | None:
     if progress is None:
         return None
-    return lambda what, done, total: progress(what, images + done, images + total)
+    return lambda what, done, _: progress(what, before + done, whole)

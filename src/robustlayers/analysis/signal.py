@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustlayers.analysis._axes import GRAY, SERIES, axes_or_new
+from robustlayers.analysis._axes import GRAY, MARKERS, SERIES, axes_or_new
 from robustlayers.analysis._ground import finite_row
 from robustlayers.analysis._marks import label_layers
 from robustlayers.analysis.activations import Layer, Layers, batches, capture, layers_of
@@ -22,7 +22,7 @@ from robustlayers.evaluation._still import images
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["NORMS", "QUANTILES", "SignalRatio", "signal_ratio"]
+__all__ = ["NORMS", "QUANTILES", "ChannelSpread", "SignalExcess", "SignalRatio", "signal_ratio"]
 
 NORMS = {"l1": 1.0, "l2": 2.0, "linf": math.inf}
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -106,6 +106,16 @@ class SignalRatio:
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
         return axes
 
+    def over(self, perturbation: str, reference: str, norm: str = "l2") -> np.ndarray:
+        """Return how many times the median ratio of one perturbation is that of another at each layer, [layers]."""
+        one, other = (self.quantiles(name, norm, (0.5,))[:, 0] for name in (perturbation, reference))
+        return _over(one, other)
+
+    def spread(self, perturbation: str, norm: str = "l2", levels: Sequence[float] = QUANTILES) -> np.ndarray:
+        """Return quantiles over the channels of each layer, [layers, levels]; channels without a ratio are left out."""
+        values = self.channels[self._known(perturbation)]
+        return np.stack([_quantiles(layer[self._norm(norm)], levels) for layer in values])
+
     def _known(self, perturbation: str) -> str:
         if perturbation not in self.samples:
             raise UserError(one_of("perturbation", perturbation, self.samples))
@@ -115,6 +125,82 @@ class SignalRatio:
         if norm not in self.norms:
             raise UserError(one_of("norm", norm, self.norms))
         return self.norms.index(norm)
+
+
+@dataclass(frozen=True)
+class SignalExcess:
+    """How many times as much of an attack as of noise arrives at each layer, by name of a measure: name -> [layers].
+
+    Names that end in `, cast` are of images that were cast to bytes; they are drawn dashed, in the color of their others.
+    """
+
+    layers: tuple[Layer, ...]
+    values: Mapping[str, np.ndarray]
+    reference: str = "gaussian noise"
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw a line over the layers for each measure, on a logarithmic scale.
+
+        How to read it: at 1 a layer hands on the attack as it does noise of the same l2 size in the image; a line that
+        rises with depth is a net that amplifies what the attack found. Dashed: the same with all perturbed images cast to
+        bytes, as the published code does, which cuts perturbations off; where it leaves the solid line, the cast decides.
+        """
+        axes = axes_or_new(axes, 5.2, 3.4)
+        plain = [name.removesuffix(", cast") for name in self.values]
+        colors = {name: SERIES[place % len(SERIES)] for place, name in enumerate(dict.fromkeys(plain))}
+        for (name, values), of in zip(self.values.items(), plain, strict=True):
+            style = "-" if name == of else "--"
+            axes.plot(range(len(values)), values, style, color=colors[of], linewidth=1.4, label=name)
+        known = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in self.values.values()])
+        low, high = (min(known.min(), 0.9), max(known.max(), 1.1)) if len(known) else (0.1, 10.0)
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.1, high * 1.1)
+        ticks = _ticks(low / 1.1, high * 1.1)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_yticks([], minor=True)
+        axes.axhline(1, color=GRAY, linewidth=0.8)
+        label_layers(axes, self.layers, "x")
+        axes.set_ylabel(f"attack over {self.reference}, median")
+        axes.legend(frameon=False, fontsize="small", ncols=2)
+        return axes
+
+
+@dataclass(frozen=True)
+class ChannelSpread:
+    """How ratios of perturbation to signal are spread over the channels of each layer: name -> quantiles [layers, 5]."""
+
+    layers: tuple[Layer, ...]
+    values: Mapping[str, np.ndarray]
+    norm: str = "l2"
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw for each layer and perturbation the middle half of the channels, and a dot at their median.
+
+        How to read it: layers in execution order from the top down, the ratio of each channel on a logarithmic scale; the
+        line goes from the channel at 25% to that at 75%, the thin one from 5% to 95%. A long line to the right is a layer
+        of which a few channels carry most of the perturbation.
+        """
+        axes = axes_or_new(axes, 5.2, 1.4 + 0.17 * len(self.layers))
+        known = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in self.values.values()])
+        low, high = (known.min() / 1.1, known.max() * 1.1) if len(known) else (0.1, 10.0)
+        wide = 0.6 / max(1, len(self.values))
+        for place, (name, rows) in enumerate(self.values.items()):
+            color, heights = SERIES[place % len(SERIES)], np.arange(len(rows)) - 0.3 + wide * (place + 0.5)
+            shown = np.clip(np.nan_to_num(rows, nan=np.nan, posinf=high), low, high)
+            axes.hlines(heights, shown[:, 0], shown[:, -1], color=color, linewidth=0.7, alpha=0.6)
+            axes.hlines(heights, shown[:, 1], shown[:, -2], color=color, linewidth=2.2)
+            marks = {"marker": MARKERS[place % len(MARKERS)], "markersize": 3.5, "linestyle": ""}
+            axes.plot(shown[:, 2], heights, color=color, label=name, **marks)
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        ticks = _ticks(low, high)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(len(self.layers) - 0.5, -0.8)
+        label_layers(axes, self.layers, "y")
+        axes.set_xlabel(f"perturbation / signal of a channel, {self.norm}")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        return axes
 
 
 def signal_ratio(
@@ -130,8 +216,8 @@ def signal_ratio(
 
     f_l is the output of layer l. `x`: images [n, c, h, w], uint8 or floats in [0, 1]; `perturbed`: x + d by name, for
     example `{"adversarial": craft(...), "gaussian": noise_like(...), "uniform": noise_like(...)}`, as floats of the same
-    shape in [0, 1]. They stay floats: a cast to bytes, as in the published code, rounds a perturbation down and wraps
-    pixels that left the box around to the other end of it.
+    shape in [0, 1]. They are taken as they are; what the published code measures, whose cast to bytes cuts a perturbation
+    off, is that of `perturb.as_bytes(..., "cast")`.
 
     Channels, the second dimension of an output, get a ratio of their own over all samples. `layers`: as in
     `activations.layers_of`. Memory: all outputs of one batch; about 2.3 MB for each image of a ResNet-20. The model is left

@@ -54,21 +54,31 @@ class Surface:
             for j, a in enumerate(self.offsets)
         ]
 
-    def plot(self, axes: Axes | None = None) -> Axes:
+    def plot(self, axes: Axes | None = None, *, highest: float | None = None, eps: float | None = None) -> Axes:
         """Draw the losses as colors, with a line around where the prediction is right.
 
         How to read it: the image is in the middle, the first direction goes to the right, brighter is a higher loss. Even
         stripes mean that the loss is nearly linear, so that one gradient step finds what there is; ridges and pits near the
-        middle mean that a single-step attack is misled. The line is the decision boundary.
+        middle mean that a single-step attack is misled. The solid line is the decision boundary; a dashed diamond holds the
+        images that the attack may choose from.
+
+        `highest`: loss at the upper end of the colors, so that several surfaces have the same scale. `eps`, in pixel units of
+        [0, 1]: draws |a| + |b| <= eps, which is the linf ball where both directions consist of signs.
         """
         axes = axes_or_new(axes, 4.8, 4.0)
         pixels = 255 * self.offsets
         step = pixels[1] - pixels[0]
         ends = (pixels[0] - step / 2, pixels[-1] + step / 2) * 2
-        image = axes.imshow(self.losses, origin="lower", extent=ends, cmap="cividis", aspect="equal")
+        image = axes.imshow(
+            self.losses, origin="lower", extent=ends, cmap="cividis", aspect="equal", vmin=0, vmax=highest
+        )
         if self.right.any() and not self.right.all():
             axes.contour(pixels, pixels, self.right.astype(float), levels=[0.5], colors="white", linewidths=2.5)
             axes.contour(pixels, pixels, self.right.astype(float), levels=[0.5], colors=INK, linewidths=1.2)
+        if eps is not None:
+            far = 255 * eps
+            ends_of_ball = [far, 0, -far, 0, far], [0, far, 0, -far, 0]
+            axes.plot(*ends_of_ball, color="white", linewidth=1.2, linestyle=(0, (4, 3)))
         axes.plot(0, 0, "o", color="white", markeredgecolor=INK)
         axes.set_xlabel(f"{self.names[0]} (1/255)")
         axes.set_ylabel(f"{self.names[1]} (1/255)")

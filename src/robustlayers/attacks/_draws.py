@@ -10,10 +10,33 @@ from torch import Tensor
 from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream
 
-__all__ = ["Generators", "device_of", "normal", "own_generator", "spawn", "uniform"]
+__all__ = ["Generators", "Part", "device_of", "normal", "own_generator", "spawn", "uniform"]
 
 Generators = torch.Generator | Sequence[torch.Generator]
 """One generator for a batch, or one for each image: then an image's draws are the same in every batch."""
+
+
+class Part(torch.Generator):
+    """A generator for some images of a batch, `rows` of `of`: it draws for all of them and hands out what is theirs.
+
+    So processes that share a batch draw what one process would, each for its own images.
+
+    >>> whole = uniform((4, 2), torch.Generator().manual_seed(1))
+    >>> part = Part.of_batch(torch.Generator().manual_seed(1), slice(1, 3), 4)
+    >>> torch.equal(uniform((2, 2), part), whole[1:3])
+    True
+    """
+
+    rows: slice
+    of: int
+
+    @classmethod
+    def of_batch(cls, generator: torch.Generator, rows: slice, of: int) -> Part:
+        """Return a generator in the same state, for the images at `rows` of a batch of `of`."""
+        part = cls(device=generator.device)
+        part.set_state(generator.get_state())
+        part.rows, part.of = rows, of
+        return part
 
 
 def own_generator(x: Tensor, generator: Generators | None) -> Generators:
@@ -41,6 +64,9 @@ def uniform(shape: Sequence[int], generator: Generators, dtype: torch.dtype = to
     >>> torch.equal(both[1], uniform((1, 3), [torch.Generator().manual_seed(2)])[0])
     True
     """
+    if isinstance(generator, Part):
+        whole = (generator.of, *shape[1:])
+        return torch.rand(whole, generator=generator, dtype=dtype, device=generator.device)[generator.rows]
     if isinstance(generator, torch.Generator):
         return torch.rand(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
     rest = tuple(shape[1:])
@@ -49,6 +75,9 @@ def uniform(shape: Sequence[int], generator: Generators, dtype: torch.dtype = to
 
 def normal(shape: Sequence[int], generator: Generators, dtype: torch.dtype = torch.float32) -> Tensor:
     """Draw from the standard normal distribution; the first of `shape` is the images of the batch."""
+    if isinstance(generator, Part):
+        whole = (generator.of, *shape[1:])
+        return torch.randn(whole, generator=generator, dtype=dtype, device=generator.device)[generator.rows]
     if isinstance(generator, torch.Generator):
         return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=generator.device)
     rest = tuple(shape[1:])
@@ -58,6 +87,8 @@ def normal(shape: Sequence[int], generator: Generators, dtype: torch.dtype = tor
 def spawn(n: int, generator: Generators) -> list[torch.Generator]:
     """Return `n` new generators, one for each image, seeded by draws of `generator`."""
     if isinstance(generator, torch.Generator):
-        seeds = torch.randint(2**62, (n,), generator=generator, device=generator.device).tolist()
+        drawn = generator.of if isinstance(generator, Part) else n
+        seeds = torch.randint(2**62, (drawn,), generator=generator, device=generator.device).tolist()
+        seeds = seeds[generator.rows] if isinstance(generator, Part) else seeds
         return [torch.Generator(device=generator.device).manual_seed(seed) for seed in seeds]
     return [spawn(1, one)[0] for one in generator]

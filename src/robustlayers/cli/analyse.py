@@ -35,7 +35,8 @@ def analyse(
         tyro.conf.UseAppendAction,
         tyro.conf.arg(
             metavar="NAME,...",
-            help="cka, signal, criticality, norms, transplant, interpolation, overfitting, probes; all unless given",
+            help="cka, signal, criticality, norms, transplant, interpolation, overfitting, probes, pictures, transfer, rift; "
+            "all that train nothing unless given",
         ),
     ] = (),
     arm: Annotated[
@@ -143,13 +144,16 @@ def _show(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
 
     for name in ANALYSES:
         for _, record in results:
-            if record["analysis"] == name:
-                other = f" against {record['against']}" if record["against"] else ""
+            if record["analysis"] != name:
+                continue
+            other = f" against {record['against']}" if record["against"] else ""
+            for arm in dict.fromkeys(one.get("arm", record["arm"]) for one in record["numbers"]):
                 numbers = "; ".join(
                     f"{one['label']} {number_text(one)}" + (f" ({one['note']})" if one["note"] else "")
                     for one in record["numbers"]
+                    if one.get("arm", record["arm"]) == arm
                 )
-                print(f"{name}: {record['arm']}{other}, seed {record['seed']}: {numbers}")
+                print(f"{name}: {arm}{other}, seed {record['seed']}: {numbers}")
 
 
 class _Display:

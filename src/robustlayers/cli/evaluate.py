@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,9 @@ from robustlayers.cli.arguments import Trust
 if TYPE_CHECKING:
     from robustlayers.attacks import Threat
     from robustlayers.cli.subject import Subject
+    from robustlayers.evaluation import SanityReport
     from robustlayers.evaluation.cascade import Moment, Outcome
+    from robustlayers.study.schema import CorruptionsConfig
 
 __all__ = ["evaluate"]
 
@@ -60,6 +62,13 @@ def evaluate(
         tyro.conf.UseAppendAction,
         tyro.conf.arg(metavar="OLD=NEW", help="a name, or the start of names, in the file of weights"),
     ] = (),
+    corruptions: Annotated[
+        Assignments,
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(
+            metavar="NAME", help="also accuracy on corrupted images: all, noise, blur, fog, ...; several times"
+        ),
+    ] = (),
     sanity: Annotated[
         bool,
         tyro.conf.FlagCreatePairsOff,
@@ -75,12 +84,10 @@ def evaluate(
     """Attack a model and print its accuracies; with --out it can be killed at any moment, the same command goes on."""
     import torch
 
-    from robustlayers import evaluation
-    from robustlayers.cli.evaluated import rows_of, show, write, write_sanity
+    from robustlayers.cli.evaluated import rows_beside, rows_of, show, show_sanity, write, write_sanity
     from robustlayers.cli.subject import Asked, subject_of
     from robustlayers.core.device import pick_device
     from robustlayers.core.errors import Fault, UserError
-    from robustlayers.evaluation import beyond_final, flags
 
     for name, value in (("--threads", threads), ("--batch-size", batch_size)):
         if value is not None and value < 1:
@@ -107,32 +114,30 @@ def evaluate(
     threat = _threat(norm, eps, subject)
     wanted = tuple(dict.fromkeys(attack)) or ("autoattack",)
     _check_attacks(wanted, threat)
+    if sanity and threat.eps == 0:
+        raise UserError(Fault("0 leaves nothing for --sanity to try; allowed: more than 0", path="--eps"))
+    families = _families(corruptions, subject)
     subject.model.to(where)
     try:
         with _progress() as progress:
             outcomes = _outcomes(subject, wanted, threat, seed, batch_size, out, progress)
+            raised = _flags(subject, outcomes, threat)
+            beside = rows_beside(subject, families, batch_size, _plain(progress("")))
+            checked = _sanity(subject, threat, seed, _plain(progress("sanity"))) if sanity else None
     except KeyboardInterrupt:
         if out is not None:
             raise
         print("stopped; nothing is kept without --out DIR", file=sys.stderr)
         sys.exit(130)
-    test = subject.test
-    raised = flags(subject.model, test.images[:_FLAGGED], test.labels[:_FLAGGED], threat)
-    verdicts = {name: found.robust for name, found in outcomes.items()}
-    raised += [text for name in verdicts if name.startswith(_FINAL) for text in beyond_final(verdicts, name)]
-    checked = None
-    if sanity:
-        some = test.images[:_FLAGGED], test.labels[:_FLAGGED]
-        checked = evaluation.sanity(subject.model, *some, threat, seed=seed)
-        raised += [text for text in checked.flags if text not in raised]
-    rows = list(rows_of(subject, outcomes, seed, raised))
+    raised += [text for text in (checked.flags if checked else ()) if text not in raised]
+    rows = list(rows_of(subject, outcomes, beside, seed, raised))
     if out is not None:
         if checked is not None:
             write_sanity(out, checked)
         write(out, rows, outcomes, seed, raised)
     show(subject, rows, outcomes, raised)
     if checked is not None:
-        print(checked)
+        show_sanity(checked)
     return 0
 
 
@@ -163,6 +168,50 @@ def _outcomes(
             found = cascade(subject.model, x, y, {name: parse(name, threat)}, progress=progress(""), **facts)
         outcomes[found.label] = found
     return outcomes
+
+
+def _flags(subject: Subject, outcomes: Mapping[str, Outcome], threat: Threat) -> list[str]:
+    """Return the flags that the model raises on the first test images, and those of the attacks beside each other."""
+    from robustlayers.attacks import parse
+    from robustlayers.evaluation import beyond_final, flags
+    from robustlayers.evaluation.flags import black_box
+
+    test = subject.test
+    raised = flags(subject.model, test.images[:_FLAGGED], test.labels[:_FLAGGED], threat)
+    verdicts = {name: found.robust for name, found in outcomes.items()}
+    raised += [text for name in verdicts if name.startswith(_FINAL) for text in beyond_final(verdicts, name)]
+    single = {found.table[0].attack: found.robust for found in outcomes.values() if len(found.table) == 1}
+    black = {name: robust for name, robust in single.items() if not parse(name, threat).backward_passes}
+    white = {name: robust for name, robust in single.items() if parse(name, threat).backward_passes > 1}
+    return raised + (black_box(white, black) if black and white else [])
+
+
+def _sanity(subject: Subject, threat: Threat, seed: int, progress: Callable[[str, int, int], None]) -> SanityReport:
+    from robustlayers.evaluation import sanity
+
+    some = subject.test.images[:_FLAGGED], subject.test.labels[:_FLAGGED]
+    return sanity(subject.model, *some, threat, seed=seed, progress=progress)
+
+
+def _families(names: Sequence[str], subject: Subject) -> CorruptionsConfig:
+    """Return the corruptions that were asked for; what is wrong with them is told before anything runs."""
+    from robustlayers.core.errors import Fault, UserError
+    from robustlayers.study.extras import families_of
+    from robustlayers.study.schema import CorruptionsConfig
+
+    config = CorruptionsConfig(families=[name for name in dict.fromkeys(names) if name != "none"])
+    try:
+        families_of(config, subject.test.shape[0])
+    except UserError as error:
+        raise UserError([Fault(fault.message, path="--corruptions") for fault in error.faults]) from None
+    return config
+
+
+def _plain(tell: Callable[[Moment], None]) -> Callable[[str, int, int], None]:
+    """Return a receiver of progress that knows neither what still stands nor how long it will take."""
+    from robustlayers.evaluation.cascade import Moment
+
+    return lambda what, done, of: tell(Moment(what, done, of, -1, None))
 
 
 def _check_attacks(wanted: Sequence[str], threat: Threat) -> None:
@@ -234,7 +283,8 @@ def _progress() -> Iterator[Callable[[str], Callable[[Moment], None]]]:
     def say(name: str, moment: Moment) -> str:
         what = f"{name}: {moment.attack}" if name else moment.attack
         left = "" if moment.left is None else f", about {duration_text(moment.left)} left"
-        return f"{what}: {moment.done} of {moment.of} images, {moment.robust} still right{left}"
+        standing = f", {moment.robust} still right" if moment.robust >= 0 else ""
+        return f"{what}: {moment.done} of {moment.of} images{standing}{left}"
 
     console = Console(stderr=True)
     if console.is_terminal:
@@ -245,7 +295,8 @@ def _progress() -> Iterator[Callable[[str], Callable[[Moment], None]]]:
 
     def line(name: str) -> Callable[[Moment], None]:
         def tell(moment: Moment) -> None:
-            if time.monotonic() - told[0] >= _LINE_SECONDS or moment.done == moment.of:
+            over = moment.done == moment.of and moment.robust >= 0
+            if over or time.monotonic() - told[0] >= _LINE_SECONDS:
                 told[0] = time.monotonic()
                 print(say(name, moment), file=sys.stderr, flush=True)
 

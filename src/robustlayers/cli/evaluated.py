@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,13 @@ from robustlayers.cli.plan import duration_text
 from robustlayers.cli.subject import Subject
 from robustlayers.core.device import versions
 from robustlayers.core.files import write_json, write_manifest, write_text
-from robustlayers.evaluation import SanityReport, per_class
+from robustlayers.core.quantities import pixels_text
+from robustlayers.evaluation import ClassAccuracy, Progress, SanityReport, calibration, interval, meaning, per_class
 from robustlayers.evaluation.cascade import Outcome, Turn
+from robustlayers.study.extras import corruption_rows
+from robustlayers.study.schema import CorruptionsConfig
 
-__all__ = ["COLUMNS", "part_of", "rows_of", "show", "write", "write_sanity"]
+__all__ = ["COLUMNS", "part_of", "rows_beside", "rows_of", "show", "show_sanity", "write", "write_sanity"]
 
 _NAMED = ("model", "weights", "arm", "run_seed", "phase", "checkpoint", "data")
 _MEASURED = ("metric", "class", "value", "low", "high", "count", "total", "split", "threat", "attack", "normalization")
@@ -31,9 +33,13 @@ COLUMNS = (*_NAMED, *_MEASURED, "seed", "flags")
 
 
 def rows_of(
-    subject: Subject, outcomes: Mapping[str, Outcome], seed: int, raised: Sequence[str]
+    subject: Subject,
+    outcomes: Mapping[str, Outcome],
+    beside: Sequence[Mapping[str, Any]],
+    seed: int,
+    raised: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the accuracies, over all images and for each class: clean, each attack, all of them together."""
+    """Yield the accuracies over all images (clean, each attack, all of them), what stands `beside`, then by class."""
     first = next(iter(outcomes.values()))
     verdicts, texts = {"clean": first.clean}, {"clean": ""}
     for name, found in outcomes.items():
@@ -46,24 +52,35 @@ def rows_of(
     verdicts["robust"] = torch.stack([found.robust for found in outcomes.values()]).all(0)
     texts["robust"] = "worst case of " + "; ".join(outcomes)
     labels = subject.test.labels
-    whole = [replace(one, name="") for one in per_class(verdicts, torch.zeros_like(labels))]
-    for one in (*whole, *per_class(verdicts, labels, subject.classes)):
-        yield {
-            **{column: subject.facts.get(column, "") for column in _NAMED},
-            "metric": one.metric,
-            "class": one.name,
-            "value": one.accuracy,
-            "low": one.low,
-            "high": one.high,
-            "count": one.count,
-            "total": one.total,
-            "split": "test",
-            "threat": str(outcomes[next(iter(outcomes))].threat) if texts[one.metric] else "",
-            "attack": texts[one.metric],
-            "normalization": "running",
-            "seed": seed,
-            "flags": "; ".join(raised),
-        }
+
+    def row(facts: Mapping[str, Any]) -> dict[str, Any]:
+        every = {**dict.fromkeys(COLUMNS, ""), **{name: subject.facts.get(name, "") for name in _NAMED}}
+        same = {"split": "test", "normalization": "running", "seed": seed, "flags": "; ".join(raised)}
+        return {**every, **same, **facts}
+
+    def accuracy(one: ClassAccuracy, name: str) -> dict[str, Any]:
+        found = {"metric": one.metric, "class": name, "value": one.accuracy, "low": one.low, "high": one.high}
+        threat = str(first.threat) if texts[one.metric] else ""
+        return row({**found, "count": one.count, "total": one.total, "threat": threat, "attack": texts[one.metric]})
+
+    yield from (accuracy(one, "") for one in per_class(verdicts, torch.zeros_like(labels)))
+    yield from map(row, beside)
+    yield from (accuracy(one, one.name) for one in per_class(verdicts, labels, subject.classes))
+
+
+def rows_beside(
+    subject: Subject, corruptions: CorruptionsConfig, batch_size: int | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """Return what is measured beside attacks: the calibration error, and accuracies on corrupted images."""
+    test, size = subject.test, batch_size or 500
+    found = calibration(subject.model, test.images, test.labels, None, size)
+    rows: list[dict[str, Any]] = [{"metric": "ece", "value": found.ece}]
+    for row in corruption_rows(subject.model, test, corruptions, size, progress):
+        if "count" in row:
+            low, high = interval(row["count"], row["total"])
+            row = {**row, "low": low, "high": high}
+        rows.append(row)
+    return rows
 
 
 def part_of(name: str, turn: Turn) -> str:
@@ -135,7 +152,7 @@ def show(
     for column in ("accuracy", "95 % interval", "right", "broke", "of", "time"):
         table.add_column(column, justify="right")
     for row in rows:
-        if not row["class"]:
+        if not row["class"] and not _beside(row["metric"]):
             turn = turns.get(row["metric"])
             did = (str(turn.broken), str(turn.attacked), duration_text(turn.seconds)) if turn else ("", "", "")
             part = f"  {row['metric'].partition(': ')[2]}" if ": " in row["metric"] else row["metric"]
@@ -155,6 +172,55 @@ def show(
             classes.add_row(*map(Text, (name, str(per_class[name, "clean"]["total"]), *cells)))
     console.print()
     console.print(classes)
+    corrupted = _corrupted(rows)
+    if corrupted is not None:
+        console.print()
+        console.print(corrupted)
+    error = next(row["value"] for row in rows if row["metric"] == "ece")
+    console.print(Text(f"\ncalibration error {100 * error:.1f} points (ECE, clean images)"), soft_wrap=True)
     notes = [note for found in outcomes.values() for note in found.notes]
-    for note in (*notes, *(f"flag: {flag}" for flag in raised)):
+    for note in (*notes, *(f"flag: {flag}. {meaning(flag)}" for flag in raised)):
         console.print(Text(note), soft_wrap=True)
+
+
+def show_sanity(report: SanityReport) -> None:
+    """Print accuracy against eps and against steps, and what could not be tried; the flags stand above."""
+    console = plain_console()
+    console.print(Text(f"\nsanity on {report.total} images: {len(report.flags) or 'no'} flag(s)", style="bold"))
+    for curve in (report.by_eps, report.by_steps):
+        if curve is not None:
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            table.add_column(curve.setting)
+            cells = []
+            for value, count in zip(curve.values, curve.counts, strict=True):
+                table.add_column(pixels_text(value) if curve.setting == "eps" else str(int(value)), justify="right")
+                cells.append(f"{count / curve.total:.0%}")
+            table.add_row("right", *cells)
+            console.print(table)
+            console.print(Text(f"  {curve.attack}", style="dim"), soft_wrap=True)
+    for text in report.skipped:
+        console.print(Text(f"skipped: {text}"), soft_wrap=True)
+
+
+def _beside(metric: str) -> bool:
+    return metric == "ece" or metric.partition(":")[0] == "corrupted"
+
+
+def _corrupted(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Return accuracies on corrupted images, families down and severities across."""
+    found = {row["metric"]: row for row in rows if row["metric"].startswith("corrupted")}
+    if not found:
+        return None
+    severities = sorted({metric.rpartition(":")[2] for metric in found if metric.count(":") == 2})
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("corrupted images")
+    for name in ("mean", *(f"severity {severity}" for severity in severities)):
+        table.add_column(name, justify="right")
+    for metric, row in found.items():
+        if metric.count(":") < 2:
+            cells = [found.get(f"{metric}:{severity}", {}).get("value") for severity in severities]
+            name = metric.partition(":")[2] or "all, without extra ones"
+            table.add_row(
+                *map(Text, (name, f"{row['value']:.1%}", *("" if cell is None else f"{cell:.1%}" for cell in cells)))
+            )
+    return table

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from robustlayers.cli.arguments import Overrides, StudyFile, Trust
+
+if TYPE_CHECKING:
+    from robustlayers.core.ranks import Ranks
 
 __all__ = ["run"]
 
@@ -23,7 +26,31 @@ def run(
     workers: Annotated[int | None, tyro.conf.arg(help="processes side by side; one for each core unless given")] = None,
     threads: Annotated[int | None, tyro.conf.arg(help="torch threads of each process")] = None,
 ) -> int:
-    """Run a study, or what is left of it; kill it at any moment, the same command goes on and ends with the same bits."""
+    """Run a study, or what is left of it; kill it at any moment, the same command goes on and ends with the same bits.
+
+    Under `torchrun --nproc-per-node N -m robustlayers run ...` N processes share the batches of every phase.
+    """
+    from robustlayers.cli.shared import together
+    from robustlayers.core.ranks import ALONE, environment
+
+    def work(ranks: Ranks, device: str) -> int:
+        return _run(study, overrides, trust, out, device, workers, threads, ranks)
+
+    if environment()[1] == 1:
+        return work(ALONE, device)
+    return together(device, work)
+
+
+def _run(
+    study: Path,
+    overrides: tuple[str, ...],
+    trust: bool,
+    out: Path | None,
+    device: str,
+    workers: int | None,
+    threads: int | None,
+    ranks: Ranks,
+) -> int:
     from robustlayers.cli.progress import show
     from robustlayers.core.errors import UserError
     from robustlayers.report import write
@@ -50,6 +77,9 @@ def run(
             *(["--trust"] if trust else []),
         ]
     )
+    if not ranks.main:
+        run_plan(made, folder, device=device, workers=workers, threads=threads, ranks=ranks)
+        return 0
     with show(loaded.name) as display:
         outcome = run_plan(
             made,
@@ -58,6 +88,7 @@ def run(
             device=device,
             workers=workers,
             threads=threads,
+            ranks=ranks,
             on_start=display.start,
             on_event=display.event,
         )

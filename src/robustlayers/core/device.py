@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
 
@@ -13,9 +14,20 @@ __all__ = ["machine", "pick_device", "versions"]
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the torch device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; one that is absent is a `UserError`."""
+    """Return the torch device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; one that is absent is a `UserError`.
+
+    Of several processes on a machine, as `torchrun` starts them, each gets a CUDA device of its own for `auto` and `cuda`.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
+        local, held = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= held:
+            raise UserError(
+                f"device: {os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {held} CUDA device(s); start as "
+                "many, or use --device cpu"
+            )
+        return torch.device("cuda", local)
     try:
         device = torch.device(name)
     except RuntimeError:

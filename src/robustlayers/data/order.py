@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ def batches(
     augment: Augment | None = None,
     device: torch.device | str | None = None,
     start: int = 0,
+    part: Callable[[int], slice] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield an epoch of (x, y): x float32 [b, c, h, w] in [0, 1], y int64 [b], each image exactly once.
 
@@ -78,14 +79,16 @@ def batches(
     are drawn on the CPU. `start` leaves out the first batches without changing the others: for a resume. The last batch
     is short where `batch_size` does not divide the number of images; a single image that is left over joins the batch
     before it, since batch statistics of one image are degenerate. Results lie on `device` (default: where the images
-    are); to be fast, move the images there once with `Images.to`.
+    are); to be fast, move the images there once with `Images.to`. `part`: size of a batch -> the places of it that are
+    yielded, for processes that share a batch; their images are those of the whole batch.
 
     Raises `UserError` at once (not at the first batch) for a batch size or a number of images below 2.
     """
     count = batch_count(len(images), batch_size)
     if not 0 <= start <= count:
         raise UserError(f"start: batch {start}; allowed: 0 to {count}")
-    return _batches(images, batch_size, count, seed, epoch, augment or Augment(), device or images.device, start)
+    own = augment or Augment()
+    return _batches(images, batch_size, count, seed, epoch, own, device or images.device, start, part)
 
 
 def _batches(
@@ -97,6 +100,7 @@ def _batches(
     augment: Augment,
     device: torch.device | str,
     start: int,
+    part: Callable[[int], slice] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     n = len(images)
     order = torch.randperm(n, generator=stream(seed, "order", epoch)).to(images.device)
@@ -104,6 +108,9 @@ def _batches(
     draws = augment.draw(n, stream(seed, "augmentation", epoch)).to(device) if augment.active else None
     for step in range(start, count):
         here = slice(step * batch_size, n if step == count - 1 else (step + 1) * batch_size)
+        if part is not None:
+            own = part(here.stop - here.start)
+            here = slice(here.start + own.start, here.start + own.stop)
         index = order[here]
         x = images.images[index].to(device, non_blocking=True)
         if draws is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from robustlayers.attacks import Attack, is_correct, is_own, label
 from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream
+from robustlayers.core.ranks import ALONE, Ranks
 from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still, untouched
 from robustlayers.normalization.fold import crafting_forward
 from robustlayers.normalization.layers import seed_draws
@@ -67,11 +68,13 @@ def worst_case(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Return what `correct` returns for every attack by name, besides `clean`, and `robust`: right under all of them.
 
     Every attack gets all images that are right clean, also those that another one has broken: each row is that attack's
-    own accuracy. Arguments and errors as in `correct`; an attack called `clean` or `robust` is a `UserError` too.
+    own accuracy. Arguments and errors as in `correct`; an attack called `clean` or `robust` is a `UserError` too. `ranks`:
+    processes with the same model and arguments, which take the batches in turn and all return the same.
     """
     check_labels(x, y)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -86,14 +89,15 @@ def worst_case(
         crafting = crafting_forward(forward)
     with still(forward, device):
         clean = torch.zeros(len(x), dtype=torch.bool)
-        for first, batch in _batches(torch.arange(len(x)), batch_size, "clean", progress):
+        for first, batch in _batches(torch.arange(len(x)), batch_size, "clean", progress, ranks):
             _seed_draws(forward, seed, "clean", first)
             clean[batch] = _verdict(forward, images(_take(x, batch), device), _take(y, batch).to(device))
+        clean = _of_all(clean, ranks)
         verdicts = {"clean": clean}
         right = clean.nonzero().squeeze(1)
         for name, attack in attacks.items():
             verdicts[name] = torch.zeros_like(clean)
-            for first, batch in _batches(right, batch_size, name, progress):
+            for first, batch in _batches(right, batch_size, name, progress, ranks):
                 natural, labels = images(_take(x, batch), device), _take(y, batch).to(device)
                 generator = stream(seed, "evaluate", _without_restarts(attack), first)
                 _seed_draws(forward, seed, _without_restarts(attack), first)
@@ -103,6 +107,7 @@ def worst_case(
                 _check(name, attack, adversarial, natural)
                 _seed_draws(forward, seed, "verdict", _without_restarts(attack), first)
                 verdicts[name][batch] = _verdict(forward, adversarial.to(natural.dtype), labels)
+            verdicts[name] = _of_all(verdicts[name], ranks)
         robust = clean.clone()
         for name in attacks:
             robust &= verdicts[name]
@@ -115,12 +120,20 @@ def _seed_draws(forward: Forward, seed: int, *position: int | str) -> None:
         seed_draws(forward, seed, "evaluate", *position)
 
 
-def _batches(indices: Tensor, batch_size: int, name: str, progress: Progress | None) -> Iterator[tuple[int, Tensor]]:
-    for first in range(0, len(indices), batch_size):
+def _batches(
+    indices: Tensor, batch_size: int, name: str, progress: Progress | None, ranks: Ranks
+) -> Iterator[tuple[int, Tensor]]:
+    for place, first in enumerate(range(0, len(indices), batch_size)):
         batch = indices[first : first + batch_size]
-        yield first, batch
+        if place % ranks.count == ranks.index:
+            yield first, batch
         if progress is not None:
             progress(name, first + len(batch), len(indices))
+
+
+def _of_all(verdict: Tensor, ranks: Ranks) -> Tensor:
+    """Return the verdicts of all processes, each of which knows those of its own batches."""
+    return ranks.total(verdict.to(torch.int32)) > 0 if ranks.count > 1 else verdict
 
 
 def _take(tensor: Tensor, indices: Tensor) -> Tensor:

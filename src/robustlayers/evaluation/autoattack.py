@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,10 +13,7 @@ from robustlayers.core.errors import UserError
 from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still
 from robustlayers.evaluation.cascade import Moment, Outcome, cascade
 
-__all__ = ["HINT", "autoattack", "autoattack_label", "standard"]
-
-HINT = 'fab-t is left out: it needs pyautoattack; install it by: pip install "robustlayers[autoattack]"'
-"""What a person is told who evaluates without pyautoattack."""
+__all__ = ["autoattack", "autoattack_label", "standard"]
 
 _TARGETS = 9
 _NAMES = {"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "fab-t": "FAB-T", "square-5000": "Square"}
@@ -50,8 +46,8 @@ def autoattack(
     neither `batch_size` (chosen by the device unless given) nor the order or choice of the images changes its verdict.
 
     The outcome's label is `AutoAttack` only for the standard: all four attacks with `steps` 100, `targets` 9 and `queries`
-    5000, on a `whole` test set, as the caller says. Otherwise it says what ran: `APGD-CE+T+Square, n=500`. FAB-T is left
-    out where pyautoattack is not installed, Square in l1; with fewer than four classes APGD-T takes the margin as its loss.
+    5000, on a `whole` test set, as the caller says. Otherwise it says what ran: `APGD-CE+T+FAB-T+Square, n=500`. Square is
+    left out in l1; with fewer than four classes APGD-T takes the margin as its loss.
 
     Raises `UserError` for images outside [0, 1] and for a directory that holds another evaluation.
 
@@ -90,12 +86,9 @@ def standard(
     attacks: list[NamedAttack] = [
         APGD(threat, steps, "ce", early_exit=True),
         TargetedAPGD(threat, steps, targets, "dlr" if classes >= 4 else "margin"),
+        FAB(threat, steps, targets),
     ]
     notes = []
-    if find_spec("pyautoattack") is not None:
-        attacks.append(FAB(threat, steps, targets))
-    else:
-        notes.append(HINT)
     if threat.norm == "l1":
         notes.append("square is left out: it is not offered for l1")
     else:
@@ -107,7 +100,7 @@ def autoattack_label(attacks: Mapping[str, NamedAttack], images: int, *, whole: 
     """Return `AutoAttack` for the standard on a whole test set; otherwise what ran, and on how many images.
 
     >>> attacks, _ = standard(Threat("linf", "8/255"))
-    >>> _ = attacks.pop("fab-t", None)
+    >>> _ = attacks.pop("fab-t")
     >>> autoattack_label(attacks, 500, whole=False)
     'APGD-CE+T+Square, n=500'
     """

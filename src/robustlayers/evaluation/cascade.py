@@ -24,7 +24,7 @@ from robustlayers.normalization.fold import crafting_forward
 
 __all__ = ["Moment", "Outcome", "Turn", "cascade"]
 
-_SCHEMA = 1  # raised when the same evaluation would give other numbers
+_SCHEMA = 2  # raised when the same evaluation would give other numbers
 _BATCH = {"cpu": 64}  # as fast as larger ones there, and a kill loses less
 _BATCH_ELSEWHERE = 1000
 _WIDE = 32  # pixels from which convolutions on a CPU are faster channels-last

@@ -47,6 +47,7 @@ __all__ = [
     "saturate",
     "shot_noise",
     "snow",
+    "spatter",
     "speckle_noise",
     "zoom_blur",
 ]
@@ -193,6 +194,35 @@ def snow(x: Tensor, level: tuple[float, float, float, float, float, float, float
     return keep * x + (1 - keep) * pale + layer + layer.flip(2, 3)
 
 
+def spatter(x: Tensor, level: tuple[float, float, float, float, float, bool], draws: Draws) -> Tensor:
+    """Drops of water that shine, or splashes of mud that cover: what of a blurred normal layer is above a threshold.
+
+    (mean, deviation of the layer; standard deviation of its blur; threshold; water: strength of the shine, mud: standard
+    deviation of the softening of its edge; whether it is mud). Water adds pale turquoise where a drop is, most where the
+    light falls on its rim; mud takes the place of the pixels that it covers to four fifths or more.
+
+    Rims are the pixels of a drop beside one that is dry, and distances to them are exact; the published code finds both
+    by Canny's filter and a chamfer, and divides by zero where there is no drop.
+    """
+    mean, deviation, sigma, threshold, strength, mud = level
+    n, _, h, w = x.shape
+    layer = blur(mean + deviation * normal((n, 1, h, w), draws, torch.float64), sigma)
+    if mud:
+        cover = blur((layer > threshold).double(), strength)
+        cover = torch.where(cover < 0.8, 0.0, cover).to(x)
+        return (1 - cover) * x + cover * _tint(x, (63, 42, 20))
+    drops = torch.where(layer < threshold, 0.0, layer)
+    wet = drops > 0
+    dry_near = filtered((~wet).double(), x.new_tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]]), "nearest") > 0
+    box = torch.full((3, 3), 1 / 9, dtype=torch.float64)
+    depth = (filtered(_distances(wet & dry_near).clamp_max(20), box) + 1e-9).long()  # whole numbers, as of an image
+    light = x.new_tensor([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
+    relief = filtered(filtered(_equalized(depth, 21), light).clamp(0, 1), box)
+    shine = drops * relief
+    shine = strength * shine / shine.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
+    return x + shine.to(x) * _tint(x, (175, 238, 238))
+
+
 # -- digital -------------------------------------------------------------------------------------------------------
 
 
@@ -275,3 +305,40 @@ def jpeg_compression(x: Tensor, quality: int, draws: Draws) -> Tensor:
 
 def _degrees(low: float, high: float, draws: Draws) -> Tensor:
     return low + (high - low) * uniform((len(draws), 1), draws, torch.float64)[:, 0]
+
+
+def _tint(x: Tensor, color: tuple[int, int, int]) -> Tensor:
+    """Return a color [1, c, 1, 1] for three channels, and its gray for any other number of them."""
+    tint = x.new_tensor(color).view(1, 3, 1, 1) / 255
+    return tint if x.shape[1] == 3 else luminance(tint)
+
+
+def _distances(marked: Tensor) -> Tensor:
+    """Return each pixel's distance to the nearest marked one of its image, far more than any side where there is none.
+
+    The square of it is a minimum over columns of the squared distance within the column, which is one over rows.
+    """
+    n, _, h, w = marked.shape
+    far = float(4 * (h + w) ** 2)
+    rows, columns = (torch.arange(side, device=marked.device, dtype=torch.float64) for side in (h, w))
+    squared = torch.full((n, 1, h, w), far, dtype=torch.float64, device=marked.device)
+    for row in range(h):
+        reach = torch.where(marked[:, :, row : row + 1], ((rows - row) ** 2)[:, None], far)
+        squared = torch.minimum(squared, reach)
+    found = torch.full_like(squared, far)
+    for column in range(w):
+        found = torch.minimum(found, squared[..., column : column + 1] + (columns - column) ** 2)
+    return found.sqrt()
+
+
+def _equalized(values: Tensor, levels: int) -> Tensor:
+    """Return whole numbers [n, 1, h, w] below `levels` as the share of their image's pixels up to them, from 0 to 1.
+
+    The lowest of an image becomes 0; where all are the same, all become 0.
+    """
+    flat = values.flatten(1)
+    counts = torch.zeros(len(flat), levels, dtype=torch.float64, device=values.device)
+    counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float64))
+    below = counts.gather(1, flat.amin(1, keepdim=True))
+    shares = (counts.cumsum(1) - below) / (flat.shape[1] - below).clamp_min(1)
+    return shares.gather(1, flat).view_as(values)

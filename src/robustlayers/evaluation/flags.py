@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustlayers.attacks import PGD, Noise, Threat, is_correct
+from robustlayers.attacks import FGSM, PGD, Noise, Threat, is_correct
 from robustlayers.attacks.losses import margin
 from robustlayers.core.errors import UserError
 from robustlayers.core.quantities import pixels_text
@@ -28,6 +28,7 @@ __all__ = [
     "batch_statistics",
     "beyond_final",
     "black_box",
+    "collapse",
     "flags",
     "huge_eps",
     "larger_eps",
@@ -51,12 +52,15 @@ MEANINGS: Mapping[str, str] = {
     "cross-entropy with them.",
     "robust above clean": "The attack makes images easier than they were, so it does not attack.",
     "weaker than noise": "Random noise breaks more images than the gradient attack, so the gradient misleads.",
+    "weaker than one step": "One step breaks more images than ten, so the gradient misleads the longer attack.",
     "black box": "A search without gradients breaks images that gradient attacks do not, so the gradient is masked.",
     "more steps": "More steps of an attack do not lower the accuracy, so its gradient does not lead anywhere.",
     "larger eps": "A larger ball does not lower the accuracy, though it holds the smaller one, so the attack is weak.",
     "huge eps": "Images survive in a ball that holds plain gray, where nothing can be recognized, so the attack fails.",
     "beyond the final attack": "Another attack breaks more images than the one whose number is reported.",
     "single step": "Accuracy under one step is far above that under many: catastrophic overfitting to the single step.",
+    "collapse": "Robust accuracy broke down from one epoch to the next and clean accuracy did not, as in catastrophic "
+    "overfitting: the net has learned to mislead its training attack.",
 }
 """What each flag means, by its name."""
 
@@ -70,7 +74,7 @@ def flags(model: Forward, x: Tensor, y: Tensor, threat: Threat) -> list[str]:
     """Return the texts of all flags that `model` raises on a batch of images; an empty list for an honest model.
 
     `model`: an `nn.Module`, or a function from images to logits; `x`: one batch of some hundred images [n, c, h, w],
-    uint8 or floats in [0, 1]; `y`: integer labels [n]. The model is left without a trace. Cost: 29 forward and 11
+    uint8 or floats in [0, 1]; `y`: integer labels [n]. The model is left without a trace. Cost: 31 forward and 12
     backward passes for each image. A model with random outputs, or without a gradient, is not tested for what follows
     from that.
     """
@@ -207,10 +211,11 @@ def saturated_logits(model: Forward, x: Tensor, y: Tensor) -> list[str]:
 
 
 def attack_strength(model: Forward, x: Tensor, y: Tensor, threat: Threat) -> list[str]:
-    """Flag a PGD-10 that is weaker than it can be: accuracy above the clean one, or above that under uniform noise.
+    """Flag a PGD-10 that is weaker than it can be, and one that is far stronger than a single step.
 
-    What PGD returns is taken as it is, without counting images that are wrong clean. The noise is the worst of ten
-    draws.
+    It is too weak where the accuracy is above the clean one, above that under uniform noise, or above that under FGSM by
+    5 % of the images, and two or more. What PGD returns is taken as it is, without counting images that are wrong clean.
+    The noise is the worst of ten draws. An FGSM far weaker than PGD is flagged as by `single_step`.
     """
     device = device_of(model, x)
     with still(model, device):
@@ -223,12 +228,15 @@ def attack_strength(model: Forward, x: Tensor, y: Tensor, threat: Threat) -> lis
         clean = right(batch)
         robust = right(PGD(threat, steps=10)(model, batch, labels, generator=stream(0, "flags", "pgd")))
         noisy = right(Noise(threat, draws=10)(model, batch, labels, generator=stream(0, "flags", "noise")))
+        single = right(FGSM(threat)(model, batch, labels, generator=stream(0, "flags", "fgsm")))
     found = []
     if robust > clean:
         found.append(f"robust above clean: {robust} of {len(x)} images right under pgd-10, {clean} without an attack")
     if robust > noisy:
         found.append(f"weaker than noise: {robust} of {len(x)} images right under pgd-10, {noisy} under uniform noise")
-    return found
+    if robust - single > slack(len(x), 0.05):
+        found.append(f"weaker than one step: {robust} of {len(x)} images right under pgd-10, {single} under fgsm")
+    return found + single_step(clean, single, robust, len(x))
 
 
 # -- signs in results ----------------------------------------------------------------------------------------------
@@ -328,6 +336,29 @@ def single_step(clean: int, single: int, many: int, total: int) -> list[str]:
     if single < 0.6 * clean or 2 * many >= single or single - many <= slack(total, 0.05):
         return []
     return [f"single step: {single} of {total} images right under fgsm, {many} under pgd, {clean} without an attack"]
+
+
+def collapse(epochs: Sequence[int], clean: Sequence[float], robust: Sequence[float], total: int) -> list[str]:
+    """Flag a training run that ends with less than half of the robust accuracy that it had, lost within an epoch.
+
+    `clean`, `robust`: accuracies on the same `total` held-out images after each of `epochs` of training that aims at
+    robust accuracy. The fall has to be 5 % of the images, and two or more, and clean accuracy must not fall by as much
+    (Wong et al. 2020; Andriushchenko & Flammarion 2020; Rice et al. 2020 for the slow decline that this is not).
+
+    >>> collapse([1, 2, 3], [0.6, 0.7, 0.8], [0.3, 0.4, 0.0], 1000)
+    ['collapse: robust accuracy fell from 40.0 % after epoch 2 to 0.0 % after epoch 3, clean went from 70.0 % to 80.0 %']
+    >>> collapse([1, 2, 3], [0.6, 0.7, 0.8], [0.3, 0.4, 0.3], 1000)
+    []
+    """
+    points = list(zip(epochs, clean, robust, strict=True))
+    least = slack(total, 0.05) / max(1, total)
+    for (first, clean_before, before), (last, clean_after, after) in itertools.pairwise(points):
+        fell = after < 0.5 * before and robust[-1] < 0.5 * before and before - after > least
+        if fell and clean_before - clean_after < before - after:
+            what = f"fell from {100 * before:.1f} % after epoch {first} to {100 * after:.1f} % after epoch {last}"
+            also = f"clean went from {100 * clean_before:.1f} % to {100 * clean_after:.1f} %"
+            return [f"collapse: robust accuracy {what}, {also}"]
+    return []
 
 
 def slack(total: int, tolerance: float) -> int:

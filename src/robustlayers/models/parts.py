@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from robustlayers.core.errors import UserError
 from robustlayers.models.norms import conv_bias, make_norm
+from robustlayers.models.slicing import subsample
 
 __all__ = ["Normalize", "PadShortcut", "conv3x3", "initialize", "projection"]
 
@@ -26,6 +27,7 @@ def _normalized(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 torch.fx.wrap("_normalized")
+torch.fx.wrap("subsample")  # its gradient is its own, which a trace through it would lose
 
 
 class Normalize(nn.Module):
@@ -73,7 +75,7 @@ class PadShortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [n, c + new, h / stride, w / stride], halves rounded up."""
-        return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+        return functional.pad(subsample(x, self.stride, self.stride), (0, 0, 0, 0, self.before, self.after))
 
     def extra_repr(self) -> str:
         """Return stride and padding, for `print(model)`."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from robustlayers.core.errors import Fault, UserError, one_of
 from robustlayers.core.quantities import number
 from robustlayers.normalization._steer import STATISTICS, By, Scope, Setting, Steered, copies, has_statistics, steer
+from robustlayers.normalization.synchronized import synchronize
 from robustlayers.selection.inventory import Inventory, is_norm
 from robustlayers.selection.selectors import resolve
 
@@ -59,7 +60,8 @@ def normalizing(
     `moving` are norm layers whose running statistics change between this pass and its backward: they normalize by copies.
     Autograd keeps the statistics of the pass by reference, and torch updates them without telling autograd, so that the
     gradient would silently be taken at the new ones. `frozen` are the statistics of layers with that setting. `strict`
-    holds the settings also against a `model.train()` or `model.eval()` inside the block.
+    holds the settings also against a `model.train()` or `model.eval()` inside the block. Where processes share the batch,
+    see `synchronized.sharing`, batch norm by the batch is by all of it; with `training` their losses are means over images.
     """
     modules = list(model.modules())
     modes = [module.training for module in modules]
@@ -76,6 +78,7 @@ def normalizing(
                 _choose(module, setting, undo)
                 module.training = setting.by == "batch"
                 snapshot = None if frozen is None else frozen.get(module)
+                synchronize(module, undo, mean=training)
                 steer(module, setting, undo, scope, frozen=snapshot, moving=module in moving, strict=strict)
             else:
                 module.training = training

@@ -7,6 +7,7 @@ at five to twenty times the cost, until the next convolution puts it right. On a
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,32 +15,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from robustlayers.models.slicing import layout_of, subsample
+
 __all__ = ["keep_layout", "overwrites_views"]
 
 # What keeps the layout of a gradient, or takes it in any layout and gives it on channels-last.
 _KEEPING_FUNCTIONS = {torch.relu_, torch.relu, functional.relu, operator.add, operator.iadd, torch.add}
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"}
-_VIEWS = set(  # noqa: SIM905 (a list would take a line a word)
-    "getitem flatten reshape reshape_as unflatten ravel transpose permute movedim swapaxes swapdims t T mT chunk split "
-    "tensor_split unbind narrow select squeeze unsqueeze expand expand_as contiguous diagonal unfold detach".split()
+_VIEWS = re.compile(
+    "getitem|flatten|reshape|reshape_as|unflatten|ravel|transpose|permute|movedim|swapaxes|swapdims|t|T|mT|chunk|split|"
+    "tensor_split|unbind|narrow|select|squeeze|unsqueeze|expand|expand_as|contiguous|diagonal|unfold|detach|subsample"
 )
 _KEEPING_MODULES = (nn.Conv2d, nn.ReLU, nn.Identity, nn.MaxPool2d)
-
-
-class _Subsample(torch.autograd.Function):
-    """x[:, :, ::a, ::b] whose gradient has the layout of x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: int, b: int) -> Tensor:
-        ctx.steps, ctx.shape, ctx.layout = (a, b), x.shape, _layout(x)
-        return x[:, :, ::a, ::b]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,), (a, b) = gradients, ctx.steps
-        whole = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.layout).zero_()
-        whole[:, :, ::a, ::b] = gradient
-        return whole, None, None
 
 
 class _Laid(torch.autograd.Function):
@@ -47,21 +34,12 @@ class _Laid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.layout = _layout(x)
+        ctx.layout = layout_of(x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return gradients[0].contiguous(memory_format=ctx.layout)
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def _subsample(x: Tensor, a: int, b: int) -> Tensor:
-    return _Subsample.apply(x, a, b) if x.dim() == 4 else x[:, :, ::a, ::b]  # pyright: ignore[reportReturnType]
 
 
 def _laid(x: Tensor) -> Tensor:
@@ -82,7 +60,9 @@ def overwrites_views(graph: fx.Graph, modules: Mapping[str, Any]) -> bool:
     """
 
     def views(node: fx.Node) -> bool:
-        return _name(node) in _VIEWS or (node.op == "call_module" and isinstance(modules[str(node.target)], nn.Flatten))
+        return _VIEWS.fullmatch(_name(node)) is not None or (
+            node.op == "call_module" and isinstance(modules[str(node.target)], nn.Flatten)
+        )
 
     for node in graph.nodes:
         if node.op in ("call_function", "call_method", "call_module") and in_place(node, modules):
@@ -109,15 +89,15 @@ def keep_layout(graph: fx.Graph, parts: Mapping[str, Any], keeping: tuple[type[n
             return isinstance(parts[str(node.target)], (*_KEEPING_MODULES, *keeping))
         if node.op == "call_method":
             return node.target in ("relu", "relu_")
-        return node.op == "call_function" and node.target in (*_KEEPING_FUNCTIONS, _subsample)
+        return node.op == "call_function" and node.target in (*_KEEPING_FUNCTIONS, subsample)
 
     for node in list(graph.nodes):
         steps = _strides(node)
         if steps is not None and not any(in_place(user, parts) for user in node.users):
-            node.target, node.args = _subsample, (node.args[0], *steps)
+            node.target, node.args = subsample, (node.args[0], *steps)
     for node in list(graph.nodes):
         # The result of such an operation alone: what follows it has no images' layout to lose.
-        if not keeps(node) or node.target is _subsample:
+        if not keeps(node) or node.target is subsample:
             continue
         losing = [user for user in node.users if user.op != "output" and not keeps(user)]
         if losing and not any(in_place(user, parts) for user in losing):

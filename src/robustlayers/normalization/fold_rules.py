@@ -37,7 +37,7 @@ from robustlayers.normalization.fold_layout import keep_layout, overwrites_views
 from robustlayers.normalization.fold_watch import Watch
 from robustlayers.selection.inventory import is_norm
 
-__all__ = ["Plan", "plan"]
+__all__ = ["Plan", "any_layout", "plan"]
 
 _ROOT = "model"
 _OPAQUE = "a layer that is not known well enough to be copied"
@@ -63,6 +63,11 @@ def plan(model: nn.Module, channels_last: bool) -> Plan:
     """Trace `model`, which is left as it was, and return its plan; its own tensors wait for a first refresh."""
     trace = _trace(model)
     return _Rewriting(trace, channels_last=channels_last and _any_layout(trace)).plan()
+
+
+def any_layout(model: nn.Module) -> bool:
+    """Tell whether `model` surely gives the same result, within rounding, for images that are laid out channels-last."""
+    return _any_layout(_trace(model))
 
 
 # -- tracing -------------------------------------------------------------------------------------------------------

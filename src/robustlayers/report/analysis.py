@@ -1,7 +1,7 @@
 """Looking inside: the section of a report with what the analyses of its nets found, a table and figures for each.
 
 A figure is the plot of the analysis' own result object, set for the width of a phone, with what its docstring says of how
-to read it. Norm layers are drawn across arms instead: one arm at a time they are in the section about them already.
+to read it. Norm layers and pictures are drawn across arms instead, and transfer is of all arms together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from robustlayers.report import _analysis_features as features
 from robustlayers.report import _analysis_norms as norms
+from robustlayers.report import _analysis_overfitting as overfitting
+from robustlayers.report import _analysis_pictures as pictures
+from robustlayers.report import _analysis_transfer as transfer
 from robustlayers.report import style
 from robustlayers.report._analysis_norms import NAME, Panel, empty, slim
 from robustlayers.report.figures import Drawing
@@ -33,7 +37,12 @@ __all__ = ["Inside", "Panel", "gather", "how_to_read"]
 
 _LIGHT, _DARK = "#fefefe", "#010101"  # on shades that do not change with the reader's scheme
 
-Draw = Callable[[Any, Axes, Analyzed], None]
+_ACROSS: dict[str, Callable[[Summary, Sequence[Analyzed], str], list[Panel]]] = {
+    "norms": norms.draw,
+    "overfitting": overfitting.draw,
+    "pictures": pictures.draw,
+}
+"""What is drawn of all arms in one figure, or side by side on one scale."""
 
 
 @dataclass(frozen=True)
@@ -89,25 +98,32 @@ def _inside(summary: Summary, one: Analysis, results: Sequence[Analyzed], suffix
     parts.append(f"attack {first.attack}")
     parts += [f"layers: {first.select}"] if first.select else []
     parts += [f"checkpoint {first.checkpoint}", f"seed {listing(seeds)}"]
-    parts += [f"figures of seed {seeds[0]}"] if len(seeds) > 1 else []
+    parts += [f"figures of seed {seeds[0]}"] if len(seeds) > 1 and not one.together else []
     setting = sentence("; ".join(parts))
     tables = [
         _table(one, [result for result in results if bool(result.against) == pairs], pairs)
         for pairs in (False, True)
         if any(bool(result.against) == pairs for result in results)
     ]
-    panels = norms.draw(summary, shown, suffix) if one.name == "norms" else _panels(summary, one, shown, suffix)
+    if one.together:
+        panels = transfer.draw(results, suffix)
+    elif one.name in _ACROSS:
+        panels = _ACROSS[one.name](summary, shown, suffix)
+    else:
+        panels = _panels(summary, one, shown, suffix)
     return Inside(one.name, one.title, one.text, setting, tables, panels)
 
 
 def _table(one: Analysis, results: Sequence[Analyzed], pairs: bool) -> Table:
     """Return the headline numbers: a row for each net or pair, means over seeds."""
     labels = list(dict.fromkeys(_general(n["label"], r) for r in results for n in r.numbers))
-    nets = list(dict.fromkeys((result.arm, result.against) for result in results))
+    # A number of an analysis of several arms says which of them it is about.
+    found = [(str(n.get("arm", r.arm)), r.against, _general(n["label"], r), n) for r in results for n in r.numbers]
+    nets = list(dict.fromkeys((arm, against) for arm, against, *_ in found))
     blocks = []
-    for arm, against in nets:
-        mine = [result for result in results if (result.arm, result.against) == (arm, against)]
-        numbers = [(_general(number["label"], result), number) for result in mine for number in result.numbers]
+    for net in nets:
+        arm, against = net
+        numbers = [(label, number) for *of, label, number in found if tuple(of) == net]
         cells: list[Cell | None] = [Cell(arm, kind="arm"), *([Cell(against)] if pairs else [])]
         cells += [_cell([number for of, number in numbers if of == label]) for label in labels]
         blocks.append([cells])
@@ -174,31 +190,17 @@ _UNTRAINED = (
     "could have kept those that training began with."
 )
 _FRESH = "Read as above, with a fresh draw of initial values: a group at zero could hold anything."
-_UNDER_ATTACK = (
-    "Read as above: rows are layers on clean images, columns the same net's layers on attacked ones. The diagonal turns "
-    "dark where the attack changes what is represented."
-)
-_TWO = (
-    "Read as above: rows are layers of the arm, columns those of the other one, on the same images. The diagonal turns "
-    "dark where the two nets part."
-)
 _FITTING = (
     "Read as above, with all running statistics estimated anew after each transplant: what fails here fails for other "
     "reasons than statistics that do not fit."
 )
+_PARTS = "Read as above, for whole parts of the net and all norm layers; parts overlap."
 _ANEW = "Read as above, with all running statistics estimated anew at each position."
 
 # Analysis -> what a figure is drawn from -> its heading, and how to read it where its own docstring does not say it best.
 _KINDS: dict[str, dict[str, tuple[str, str]]] = {
-    "cka": {
-        "clean": ("Layer with layer, on clean images", ""),
-        "attacked": ("Clean with attacked images", _UNDER_ATTACK),
-        "between": ("Two arms, on clean images", _TWO),
-    },
-    "signal": {
-        "ratio": ("Perturbation to signal, layer by layer", ""),
-        "amplification": ("Amplification by norm layers", ""),
-    },
+    "cka": features.CKA_KINDS,
+    "signal": features.SIGNAL_KINDS,
     "criticality": {
         "worst case": ("The worst weights nearby", ""),
         "initial": ("With values from before training", _UNTRAINED),
@@ -214,8 +216,12 @@ _KINDS: dict[str, dict[str, tuple[str, str]]] = {
         "kept": ("Between two arms, statistics on the line", ""),
         "re-estimated": ("Between two arms, statistics estimated anew", _ANEW),
     },
-    "overfitting": {"gaps": ("Train minus validation", "")},
     "probes": {"probes": ("Accuracy of probes", "")},
+    "rift": {
+        "line": ("From the net to the fine-tuned one", ""),
+        "modules": ("The worst weights nearby, by module", ""),
+        "groups": ("The worst weights nearby, by part of the net", _PARTS),
+    },
 }
 
 
@@ -234,12 +240,12 @@ def _drawn(analysis: str, key: str, found: Any, result: Analyzed, name: str, tit
 
 def _height(analysis: str, key: str, found: Any) -> float:
     if analysis == "cka":
-        return 300.0 if key == "clean" else 312.0
-    if key == "ratio":
+        return features.heat_height(key, len(getattr(found, "moments", ())))
+    if key in ("ratio", "channels"):
         return 120.0 + max(9.0, min(16.0, 480 / len(found.layers))) * len(found.layers)
     if key == "amplification":
         return 110.0 + 17.0 * len(found.layers)
-    if analysis == "criticality" or key == "sharpness":
+    if analysis == "criticality" or key in ("sharpness", "modules", "groups"):
         return 118.0 + 17.0 * len(found.results)
     if analysis == "transplant":
         return 110.0 + 22.0 * len({row.group for row in found.results})
@@ -249,23 +255,19 @@ def _height(analysis: str, key: str, found: Any) -> float:
 def _settle(analysis: str, key: str, axes: Axes, result: Analyzed) -> None:
     """Say on the axes what the plot alone cannot know, and keep what fits a narrow figure."""
     if analysis == "cka":
-        axes.grid(visible=False)
-        sides = {"clean": ("", ""), "attacked": ("clean", "attacked")}.get(key, (result.arm, result.against))
-        for bar in (one for one in axes.figure.axes if one is not axes):
-            bar.set_ylabel("CKA, 1: same representation", fontsize=style.FONT_SIZE - 1)
-        axes.set_ylabel(style.plain(sides[0], NAME), parse_math=False)
-        axes.set_xlabel(style.plain(sides[1], NAME), parse_math=False)
+        features.settle(key, axes, result)
+        _legend_above(axes, 2)
     elif analysis == "transplant":
         axes.grid(visible=False)
         axes.set_title("")
         pairs = [label.get_text().partition("\nin ") for label in axes.get_xticklabels()]
         texts = [f"{kind.rstrip(',')}, %\nin {style.plain(host, 12)}" for kind, _, host in pairs]
         axes.set_xticks(axes.get_xticks(), texts, parse_math=False)
-    elif analysis == "criticality" or key in ("sharpness", "amplification"):
+    elif analysis == "criticality" or key in ("sharpness", "amplification", "modules", "groups"):
         axes.grid(axis="y", visible=False)
         _numbers(axes)
-    elif key in ("ratio", "gaps", "probes"):
-        _legend_above(axes, 3 if key == "ratio" else 2)
+    elif key in ("ratio", "channels", "excess", "probes") or analysis == "rift":
+        _legend_above(axes, 3 if analysis == "signal" else 2)
     elif key in ("kept", "re-estimated", "lines"):
         _legend_above(axes, 3)
         end = f"0 {result.against or 'initial'}, 1 {result.arm}"
@@ -310,8 +312,10 @@ def _fix(axes: Axes) -> None:
 def _belongs(analysis: str, key: str, row: Mapping[str, Any]) -> bool:
     """Tell whether a row is about one kind of figure."""
     part = row["part"]
+    if analysis == "rift":
+        return part in (key, f"criticality, {key}")
     if analysis == "criticality":
         return part == key or row.get("source") == key
     if analysis in ("transplant", "interpolation") and key in ("kept", "re-estimated"):
         return row.get("statistics") == key
-    return part == {"lines": "line", "gaps": "gap", "probes": "probe"}.get(key, key)
+    return part == {"lines": "line", "probes": "probe"}.get(key, key)

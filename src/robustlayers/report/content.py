@@ -56,6 +56,7 @@ class Content:
     answer: Answer
     facts: Sequence[tuple[str, str]]
     results: Table
+    beside: Table | None
     measuring: Table
     claims: Table | None
     tradeoff: Sequence[Drawing]
@@ -84,6 +85,7 @@ def gather(summary: Summary) -> Content:
         answer=said,
         facts=_facts(summary),
         results=tables.results(summary),
+        beside=tables.beside(summary),
         measuring=tables.measuring(summary),
         claims=tables.claims(summary) if summary.claims else None,
         tradeoff=tradeoff.draw(summary),

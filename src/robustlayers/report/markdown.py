@@ -81,6 +81,8 @@ def render(content: Content) -> str:
         parts += ["### Where the arms stand", inline(said.setting)]
         parts.append("\n".join(f"- **{inline(one.arm.name)}**: {inline(one.text)}" for one in said.standings))
     parts += [_terms(content.facts), "## Results", table(content.results)]
+    if content.beside:
+        parts += ["### Beside attacks", table(content.beside)]
     if content.tradeoff:
         parts += ["## Trade-off", *map(_image, content.tradeoff), inline(content.tradeoff[0].caption)]
     if content.curves:

@@ -23,7 +23,19 @@ from robustlayers.report.wording import (
 )
 from robustlayers.study.summary import Arm, LedgerLine, PhaseLine, Summary
 
-__all__ = ["Cell", "Column", "Table", "branches", "claims", "groups", "ledger", "measuring", "results", "seeds"]
+__all__ = [
+    "Cell",
+    "Column",
+    "Table",
+    "beside",
+    "branches",
+    "claims",
+    "groups",
+    "ledger",
+    "measuring",
+    "results",
+    "seeds",
+]
 
 
 @dataclass(frozen=True)
@@ -156,6 +168,38 @@ def seeds(summary: Summary, arm: Arm) -> Table:
     return Table("seeds", "Every seed: accuracy on test images in percent.", columns, blocks)
 
 
+def beside(summary: Summary) -> Table | None:
+    """Return accuracy on corrupted images by family, and the calibration error, arm by arm; None where neither is known."""
+    checkpoint = primary(summary)
+    found = dict.fromkeys(metric for arm in summary.arms for metric in arm.results.get(checkpoint, {}))
+    families = [metric for metric in found if metric.startswith("corrupted:") and metric.count(":") == 1]
+    names = {"corrupted": "all families, mean", **{metric: metric.partition(":")[2] for metric in families}}
+    names = {metric: name for metric, name in names.items() if metric in found}
+    if "ece" in found:
+        names["ece"] = "calibration error"
+    if not names:
+        return None
+    texts = {row.metric: row.attack for row in summary.rows if row.metric in names}
+    blocks = [
+        [
+            [
+                Cell(name),
+                *(_accuracy(accuracy(arm, checkpoint, metric), len(summary.seeds)) for arm in summary.arms),
+            ]
+        ]
+        for metric, name in names.items()
+    ]
+    caption = f"Checkpoint {checkpoint}, mean ± half width of the 95% t interval over seeds, in percent. "
+    if "corrupted" in names:
+        caption += (
+            f"Accuracy on corrupted test images: {texts.get('corrupted', '')}; the mean leaves out extra families. "
+        )
+    if "ece" in names:
+        caption += "Calibration error: expected difference of confidence and accuracy on clean test images, in 15 bins."
+    columns = [Column("Measure"), *(Column(arm.name, True) for arm in summary.arms)]
+    return Table("beside", caption.strip(), columns, blocks)
+
+
 def branches(summary: Summary, arm: Arm) -> Table | None:
     """Return the accuracy of each branch under what was crafted on each branch; None where no branch was measured."""
     checkpoint = primary(summary)
@@ -172,6 +216,7 @@ def branches(summary: Summary, arm: Arm) -> Table | None:
         row(f"{attack} on {crafted}", [f"{attack}@{crafted}>{name}" for name in measured])
         for attack in summary.attacks
         for crafted in measured
+        if f"{attack}@{crafted}>{measured[0]}" in found
     ]
     caption = (
         f"Checkpoint {checkpoint}: each branch of the norm layers (columns) on images crafted on each branch (rows). What is "

@@ -1,4 +1,4 @@
-"""What is asked about features of a net: similarity of layers, the size of a perturbation in them, linear probes."""
+"""What is asked about features of a net: the size of a perturbation in them, and linear probes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from robustlayers.study._looks import (
     Arrays,
     Found,
     Look,
-    Number,
     Payload,
     decoded,
     encoded,
@@ -29,9 +28,6 @@ from robustlayers.study._looks import (
 )
 
 __all__ = [
-    "cka",
-    "cka_cost",
-    "cka_load",
     "probes",
     "probes_cost",
     "probes_load",
@@ -40,83 +36,12 @@ __all__ = [
     "signal_load",
 ]
 
-_DRAWS = 20  # of the permutation baseline
-_GRAMS = 6.0  # what the inner products of all layers take, in passes of the net
-
-
-def cka_cost(look: Look) -> Mapping[str, float]:
-    analysis.layers_of(look.model, look.select, example=look.x[:4])
-    grams = 2 * look.n * (1 + _GRAMS)
-    if look.other is not None:
-        return {"CKA": grams, "Procrustes": grams}
-    return {"crafting": look.n * look.crafting, "CKA": grams / 2, "CKA under attack": grams, "Procrustes": grams}
-
-
-def cka(look: Look) -> Found:
-    pairs: dict[str, analysis.CKA] = {}
-    options: dict[str, Any] = {"layers": look.select, "permutations": _DRAWS}
-    if look.other is not None:
-        title, sides = "between", (look.other, None)
-        pairs[title] = analysis.cka(
-            look.model, look.x, look.other, **options, generator=_draws(look, title), progress=look.part("CKA")
-        )
-    else:
-        title, sides = "attacked", (None, _crafted(look))
-        pairs["clean"] = analysis.cka(
-            look.model, look.x, **options, generator=_draws(look, "clean"), progress=look.part("CKA")
-        )
-        pairs[title] = analysis.cka(
-            look.model,
-            look.x,
-            other_x=sides[1],
-            **options,
-            generator=_draws(look, title),
-            progress=look.part("CKA under attack"),
-        )
-    same = analysis.procrustes(
-        look.model, look.x, *sides, layers=look.select, same_layer=True, progress=look.part("Procrustes")
-    )
-    rows = [row for name, found in pairs.items() for row in tidy(name, found.rows())]
-    apart = [row for row in same.rows() if row["layer"] == row["other_layer"]]
-    rows += tidy(f"{title}, same layer", apart)
-    payload = {
-        name: {"layers": layers_of_rows(found.rows_layers), "samples": found.samples, "batch_size": found.batch_size}
-        for name, found in pairs.items()
-    }
-    arrays = {name: torch.from_numpy(found.values).float() for name, found in pairs.items()}
-    return Found(rows, _cka_numbers(pairs, same), payload, arrays)
-
-
-def _cka_numbers(pairs: Mapping[str, analysis.CKA], same: analysis.Procrustes) -> list[Number]:
-    last = float(same.distances.diagonal()[-1])
-    if "between" in pairs:
-        parting = pairs["between"].parting()
-        return [
-            number("part at depth (CKA under 0.5)", parting.depth, "%", parting.layer or "nowhere"),
-            number("CKA, last layer", float(pairs["between"].diagonal()[-1])),
-            number("Procrustes distance, last layer", last),
-        ]
-    block = pairs["clean"].block_structure()
-    return [
-        number("CKA of layers far apart", pairs["clean"].long_range()),
-        number("largest block of layers alike", block.share, "%", f"{block.first} to {block.last}"),
-        number("clean with attacked, last layer: CKA", float(pairs["attacked"].diagonal()[-1])),
-        number("Procrustes distance of these", last),
-    ]
-
-
-def cka_load(payload: Payload, arrays: Arrays) -> Mapping[str, Any]:
-    found = {}
-    for name, facts in payload.items():
-        layers = layers_from(facts["layers"])
-        values = arrays[name].astype(float)
-        found[name] = analysis.CKA(layers, layers, values, None, facts["samples"], facts["batch_size"], "CKA")
-    return found
+_ROUNDED: dict[analysis.Rounding, str] = {"round": "rounded", "cast": "cast"}
 
 
 def signal_cost(look: Look) -> Mapping[str, float]:
     analysis.layers_of(look.model, look.select, example=look.x[:4])
-    return {"crafting": look.n * look.crafting, "signal": look.n * 8.0}
+    return {"crafting": look.n * look.crafting, "signal": look.n * 20.0}
 
 
 def signal(look: Look) -> Found:
@@ -124,14 +49,35 @@ def signal(look: Look) -> Found:
     perturbed = {"adversarial": adversarial}
     for kind in ("gaussian", "uniform"):
         perturbed[kind] = analysis.noise_like(look.x, adversarial, kind, generator=_draws(look, kind))
-    found = analysis.signal_ratio(look.model, look.x, perturbed, layers=look.select, progress=look.part("signal"))
-    rows = tidy("ratio", found.rows()) + tidy("channels", found.channel_rows())
-    payload: dict[str, Any] = {"layers": layers_of_rows(found.layers)}
-    arrays = {name: torch.from_numpy(found.ratios(name)).float() for name in found.samples}
-    last = {name: float(found.quantiles(name)[-1, 2]) for name in found.samples}
+    rounded = {
+        f"{name}, {_ROUNDED[how]}": analysis.as_bytes(x, how) for name, x in perturbed.items() for how in _ROUNDED
+    }
+    found = analysis.signal_ratio(
+        look.model, look.x, perturbed | rounded, layers=look.select, progress=look.part("signal")
+    )
+    rows = tidy("ratio", found.rows())
+    rows += tidy("channels", [row for row in found.channel_rows() if row["perturbation"] in perturbed])
+    excess = {}
+    for ending in ("", ", cast"):
+        for norm in found.norms:
+            excess[f"{norm}{ending}"] = found.over(f"adversarial{ending}", f"gaussian{ending}", norm)
+    rows += tidy(
+        "excess",
+        [
+            {"measure": name, "layer": layer.name, "value": float(value) if np.isfinite(value) else None}
+            for name, values in excess.items()
+            for layer, value in zip(found.layers, values, strict=True)
+        ],
+    )
+    payload: dict[str, Any] = {"layers": layers_of_rows(found.layers), "excess": list(excess)}
+    arrays = {name: torch.from_numpy(found.ratios(name)).float() for name in perturbed}
+    arrays |= {f"channels {name}": torch.from_numpy(found.spread(name)).float() for name in perturbed}
+    arrays["excess"] = torch.from_numpy(np.stack(list(excess.values()))).float()
+    last = {name: float(found.quantiles(name)[-1, 2]) for name in perturbed}
     over = last["adversarial"] / last["gaussian"] if last["gaussian"] else float("nan")
     numbers = [number(f"{name}, last layer", value) for name, value in last.items()]
     numbers.append(number("adversarial over gaussian", over))
+    numbers.append(number("the same, images cast to bytes", float(excess["l2, cast"][-1])))
     try:
         stretched = analysis.amplification(look.model, example=look.x[:2])
     except UserError:  # a net without running statistics
@@ -147,9 +93,15 @@ def signal(look: Look) -> Found:
 
 def signal_load(payload: Payload, arrays: Arrays) -> Mapping[str, Any]:
     names = [name for name in ("adversarial", "gaussian", "uniform") if name in arrays]
+    layers = layers_from(payload["layers"])
     samples = {name: arrays[name].astype(float)[None] for name in names}
-    ratios = analysis.SignalRatio(layers_from(payload["layers"]), samples, {}, norms=("l2",))
-    found: dict[str, Any] = {"ratio": ratios}
+    spread = {name: arrays[f"channels {name}"].astype(float) for name in names}
+    excess = dict(zip(payload["excess"], arrays["excess"].astype(float), strict=True))
+    found: dict[str, Any] = {
+        "ratio": analysis.SignalRatio(layers, samples, {}, norms=("l2",)),
+        "excess": analysis.SignalExcess(layers, excess),
+        "channels": analysis.ChannelSpread(layers, spread),
+    }
     if "norms" in payload:
         layers, left_out = payload["norms"]
         values = tuple(arrays[f"norm {k}"].astype(float) for k in range(len(layers)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robustlayers.analysis import Layer
 from robustlayers.core.errors import UserError
-from robustlayers.data import Images, to_float
+from robustlayers.data import Augment, Images, to_float
 from robustlayers.evaluation import Progress
 from robustlayers.selection import Inventory, resolve
 from robustlayers.selection.layout import layout_of
@@ -52,8 +52,9 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class Look:
-    """One thing to look at: the net of an arm, alone or against another arm's, on held-out images.
+    """One thing to look at: the net of an arm, alone, against another arm's or with all others, on held-out images.
 
+    `train` are all training images, `augment` how the recipe varies them; `nets` has every arm of an analysis of several.
     `sources` are earlier states of the same run by name, read when they are asked for; `curve` is its learning curve over
     all phases, `phase` the last of them. `part(name)` returns the receiver of progress of one of the parts that the
     analysis has declared.
@@ -72,6 +73,8 @@ class Look:
     sources: Mapping[str, Callable[[], Mapping[str, Tensor]]] = field(default_factory=dict)
     curve: Sequence[Mapping[str, Any]] = ()
     phase: str = ""
+    augment: Augment | None = None
+    nets: Mapping[str, nn.Module] = field(default_factory=dict)
     part: Callable[[str], Progress] = lambda name: lambda what, done, total: None
 
     @property

@@ -13,7 +13,11 @@ from typing import Any
 
 from robustlayers.core.errors import UserError, one_of
 from robustlayers.study import _inside_features as features
+from robustlayers.study import _inside_pictures as pictures
+from robustlayers.study import _inside_rift as rift
+from robustlayers.study import _inside_similarity as similarity
 from robustlayers.study import _inside_training as training
+from robustlayers.study import _inside_transfer as transfer
 from robustlayers.study import _inside_weights as weights
 from robustlayers.study._looks import Arrays, Found, Look, Payload
 
@@ -25,7 +29,8 @@ class Analysis:
     """One analysis: what it looks at, what it writes, what it costs.
 
     `alone`: of one arm; `between`: of an arm against another one, which must be named, and `alike` if the two nets must
-    have the same tensors for it. `uses` says what decides its result beside the nets: `images`, `attack`, `select`,
+    have the same tensors for it; `together`: of all arms that are looked at, once. `trains`: makes nets of its own, so
+    that it is done only where it is named. `uses` says what decides its result beside the nets: `images`, `attack`, `select`,
     and `sources`, the earlier states of the same run. `cost` is empty where a net has nothing to look at, as `lacks` says,
     and raises `UserError` for a selector that is wrong. `version` is raised when the same look would give other numbers.
     """
@@ -43,6 +48,8 @@ class Analysis:
     alike: bool = False
     lacks: str = ""
     version: int = 1
+    together: bool = False
+    trains: bool = False
 
 
 def analysis_named(name: str) -> Analysis:
@@ -58,13 +65,15 @@ ANALYSES: dict[str, Analysis] = {
         Analysis(
             "cka",
             "Representation similarity",
-            "Which layers represent the same: within a net, between clean and attacked images, between two nets?",
+            "Which layers represent the same: within a net, over training, clean and attacked, between two nets?",
             True,
             True,
-            "CKA of all pairs of layers with its permutation baseline, Procrustes distance of equal layers",
-            features.cka_cost,
-            features.cka,
-            features.cka_load,
+            "CKA and Procrustes distance of all pairs of layers with baselines, CKA of each layer over training, on each split",
+            similarity.cka_cost,
+            similarity.cka,
+            similarity.cka_load,
+            uses=("images", "attack", "select", "sources"),
+            version=2,
         ),
         Analysis(
             "signal",
@@ -72,10 +81,11 @@ ANALYSES: dict[str, Analysis] = {
             "How much of a perturbation arrives at each layer, beside noise of the same size?",
             True,
             False,
-            "ratio of perturbation to signal by layer and channel, amplification of each norm layer",
+            "ratio of perturbation to signal by layer and channel, as floats and as bytes, amplification of each norm layer",
             features.signal_cost,
             features.signal,
             features.signal_load,
+            version=2,
         ),
         Analysis(
             "criticality",
@@ -95,12 +105,13 @@ ANALYSES: dict[str, Analysis] = {
             "How far are the norm layers' statistics from what each kind of image shows them, and how many channels die?",
             True,
             False,
-            "scale, shift, dead channels, distances and rates of each norm layer at each kept moment of training",
+            "scale, shift, dead channels, distances, rates and drift of each norm layer at each kept moment of training",
             training.norms_cost,
             training.norms,
             training.norms_load,
             uses=("images", "attack", "sources"),
             lacks="no norm layer",
+            version=2,
         ),
         Analysis(
             "transplant",
@@ -148,6 +159,44 @@ ANALYSES: dict[str, Analysis] = {
             features.probes_cost,
             features.probes,
             features.probes_load,
+        ),
+        Analysis(
+            "pictures",
+            "Pictures",
+            "What do the first filters and the input gradients look like, and the loss around an image?",
+            True,
+            False,
+            "first filters, input gradients, perturbations and a loss surface, of the same images in every arm",
+            pictures.pictures_cost,
+            pictures.pictures,
+            pictures.pictures_load,
+            uses=("attack",),
+        ),
+        Analysis(
+            "transfer",
+            "Transfer between arms",
+            "Do images that were crafted on one net fool the others?",
+            False,
+            False,
+            "accuracy of each net on images crafted on each, with exact intervals",
+            transfer.transfer_cost,
+            transfer.transfer,
+            transfer.transfer_load,
+            uses=("images", "attack"),
+            together=True,
+        ),
+        Analysis(
+            "rift",
+            "Robust critical fine-tuning",
+            "What does the group that robustness needs least gain from clean images?",
+            True,
+            False,
+            "worst-case criticality of modules and parts, accuracy on the line from the net to the fine-tuned one",
+            rift.rift_cost,
+            rift.rift,
+            rift.rift_load,
+            lacks="no weights to fine-tune",
+            trains=True,
         ),
     )
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,20 @@ from robustlayers.analysis import fresh_state, write_scores
 from robustlayers.attacks import Gaussian
 from robustlayers.core.device import machine, pick_device, versions
 from robustlayers.core.errors import Fault, UserError, one_of
-from robustlayers.core.files import MANIFEST, read_json, read_tensors, write_json, write_tensors, write_text
+from robustlayers.core.files import read_json, read_tensors, write_json, write_tensors, write_text
 from robustlayers.core.identity import digest
 from robustlayers.core.random import stream_seed
-from robustlayers.data import Dataset, Images
-from robustlayers.study._looks import REFERENCE, Found, Look
+from robustlayers.data import Augment, Images
+from robustlayers.study._looks import Found, Look
+from robustlayers.study._nets import Trained, alike, held_out, images_of, trained
 from robustlayers.study.analyses import ANALYSES, Analysis, analysis_named
 from robustlayers.study.analyzed import analyses_folder, csv_of
 from robustlayers.study.definition import load_study
-from robustlayers.study.schema import DataConfig, Recipe
 from robustlayers.study.semantics import (
     NamedAttack,
     build_attack,
     build_model,
     build_threat,
-    data_of,
     load_data,
     model_for_checks,
 )
@@ -46,7 +45,7 @@ __all__ = ["Asked", "Job", "Planned", "Watch", "plan_analyses", "run_analyses"]
 _SCHEMA = 1
 """Version of the meaning of identities; see also `Analysis.version`."""
 
-_FEWEST = 10  # images: what is said about fewer is chance
+_USUAL, _FEWEST = 500, 10  # images: what is said about fewer is chance
 CHECKPOINTS = ("best", "last")
 
 Watch = Callable[["Job", float, str], None]
@@ -55,13 +54,13 @@ Watch = Callable[["Job", float, str], None]
 
 @dataclass(frozen=True)
 class Asked:
-    """What to look at: empty means all analyses that apply, all arms, the first seed, the monitor's attack."""
+    """What to look at: empty is all analyses that apply and train nothing, all arms, the first seed, the monitor's attack."""
 
     what: Sequence[str] = ()
     arms: Sequence[str] = ()
     seeds: Sequence[int] = ()
     against: str | None = None
-    images: int = 500
+    images: int = _USUAL
     select: str | None = None
     checkpoint: str = "best"
     attack: str | None = None
@@ -70,38 +69,11 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trained net of the study: where its checkpoint lies, and what it is made from."""
-
-    arm: str
-    seed: int
-    checkpoint: str
-    node: str
-    recipe: Recipe
-    folders: Mapping[str, Path]  # phase -> folder of its result, in order
-    epoch: int
-    digest: str  # SHA-256 of the checkpoint
-
-    def build(self) -> nn.Module:
-        """Return the net with its weights."""
-        model = build_model(self.recipe.model, _data(self.recipe)[0], self.seed)
-        model.load_state_dict(read_tensors(list(self.folders.values())[-1] / f"{self.checkpoint}.safetensors"))
-        return model
-
-    def earlier(self) -> dict[str, tuple[Path, str]]:
-        """Return the states of the same run that were kept: name -> file and its SHA-256."""
-        found = {}
-        for place, (phase, folder) in enumerate(self.folders.items()):
-            kept = sorted(folder.glob("epoch-*.safetensors"), key=lambda path: int(path.stem.removeprefix("epoch-")))
-            found |= {f"epoch {path.stem.removeprefix('epoch-')}": path for path in kept}
-            if place < len(self.folders) - 1:
-                found[f"end of {phase}"] = folder / "last.safetensors"
-        return {name: (path, _digest(path)) for name, path in found.items()}
-
-
-@dataclass(frozen=True)
 class Job:
-    """One analysis of one net, or of one against another; `cost` is empty where its result is there already."""
+    """One analysis of one net, of one against another, or of several together: of `subject` and the `others`.
+
+    `cost` is empty where its result is there already.
+    """
 
     analysis: Analysis
     subject: Trained
@@ -112,10 +84,18 @@ class Job:
     select: str | None
     attack: NamedAttack
     cost: Mapping[str, float] = field(default_factory=dict)
+    others: Sequence[Trained] = ()
+
+    @property
+    def nets(self) -> list[Trained]:
+        """All nets that it looks at."""
+        return [self.subject, *([] if self.against is None else [self.against]), *self.others]
 
     @property
     def text(self) -> str:
         """What it is about, for people."""
+        if self.others:
+            return f"{self.analysis.name}: {len(self.nets)} arms, seed {self.subject.seed}"
         other = "" if self.against is None else f" against {self.against.arm}"
         return f"{self.analysis.name}: {self.subject.arm}{other}, seed {self.subject.seed}"
 
@@ -137,13 +117,14 @@ class Planned:
 def plan_analyses(store: Store, asked: Asked) -> Planned:
     """Return the jobs that were asked for; nothing is written.
 
-    Without names, analyses that do not apply are left out with a note; one that is named is a `UserError` then, as are an
-    unknown analysis, arm, seed, attack or selector, results that are missing, and a study without validation images.
+    Without names, analyses that do not apply are left out with a note, and those that train nets without one; one that is
+    named and does not apply is a `UserError`, as are an unknown analysis, arm, seed, attack or selector, results that are
+    missing, and a study without validation images.
     """
     if not store.plan.exists():
         raise UserError(Fault("no study here: it has no plan.json; run a study into it first", file=str(store.root)))
     plan = read_json(store.plan)
-    names = list(dict.fromkeys(asked.what)) or list(ANALYSES)
+    names = list(dict.fromkeys(asked.what)) or [name for name, one in ANALYSES.items() if not one.trains]
     analyses = [_checked("--what", analysis_named, name) for name in names]
     arms = {arm["name"]: arm for arm in plan["arms"]}
     for option, wanted in (("--arm", asked.arms), ("--against", [asked.against] if asked.against else [])):
@@ -167,7 +148,7 @@ def plan_analyses(store: Store, asked: Asked) -> Planned:
 
     def net(arm: str, seed: int, asked_for: bool) -> Trained | None:
         if (arm, seed) not in nets:
-            found = _trained(store, arms[arm], recipes[arm], seed, asked.checkpoint)
+            found = trained(store, arms[arm], recipes[arm], seed, asked.checkpoint)
             nets[arm, seed] = None if isinstance(found, str) else found
             if isinstance(found, str):
                 if asked_for:
@@ -177,21 +158,18 @@ def plan_analyses(store: Store, asked: Asked) -> Planned:
 
     for one in analyses:
         for seed in seeds:
-            for arm in asked.arms or arms:
-                subject = net(arm, seed, bool(asked.arms))
-                if subject is None:
-                    continue
-                others: list[Trained | None] = [None] if one.alone else []
-                if one.between and asked.against is not None and asked.against != arm:
-                    others.append(net(asked.against, seed, True))
-                for other in others:
-                    found = _job(store, one, subject, other, asked)
-                    if isinstance(found, str):
-                        if asked.what:
-                            raise UserError(Fault(found, path="--what"))
-                        notes.append(f"{found}: left out")
-                    else:
-                        jobs.append(found)
+            subjects = [net(arm, seed, bool(asked.arms)) for arm in dict.fromkeys(asked.arms or arms)]
+            against = net(asked.against, seed, True) if one.between and asked.against is not None else None
+            for subject, other, others in _casts(
+                one, [net for net in subjects if net is not None], against, list(arms)
+            ):
+                found = _job(store, one, subject, other, others, asked)
+                if isinstance(found, str):
+                    if asked.what:
+                        raise UserError(Fault(found, path="--what"))
+                    notes.append(f"{found}: left out")
+                else:
+                    jobs.append(found)
     if not jobs:
         raise UserError(Fault("there is nothing to look at: no arm has a whole result", file=str(store.root)))
     if not asked.what and asked.against is None and len(arms) > 1:
@@ -231,19 +209,34 @@ def run_analyses(store: Store, jobs: Sequence[Job], watch: Watch, *, device: str
             watch(job, 1.0, "done")
 
 
+_Cast = tuple[Trained, Trained | None, Sequence[Trained]]
+
+
+def _casts(one: Analysis, subjects: Sequence[Trained], against: Trained | None, arms: Sequence[str]) -> list[_Cast]:
+    """Return which nets each job of an analysis looks at; several together stand in the order of the study's arms."""
+    if one.together:
+        ordered = sorted(subjects, key=lambda net: arms.index(net.arm))
+        return [(ordered[0], None, ordered[1:])] if ordered else []
+    found: list[_Cast] = []
+    for subject in subjects:
+        found += [(subject, None, ())] if one.alone else []
+        found += [(subject, against, ())] if against is not None and against.arm != subject.arm else []
+    return found
+
+
 def _keep(store: Store, job: Job, found: Found, seconds: float, device: torch.device) -> None:
     plan = read_json(store.plan)
-    arm = next(arm for arm in plan["arms"] if arm["name"] == job.subject.arm)
-    uses = job.analysis.uses
+    levels = next(arm["levels"] for arm in plan["arms"] if arm["name"] == job.subject.arm)
+    uses, together = job.analysis.uses, job.analysis.together
     facts = {
         "analysis": job.analysis.name,
         "study": plan["name"],
-        "arm": job.subject.arm,
-        "levels": arm["levels"],
+        "arm": "" if together else job.subject.arm,  # the rows name their arms then
+        "levels": {} if together else levels,
         "against": "" if job.against is None else job.against.arm,
         "seed": job.subject.seed,
         "checkpoint": job.subject.checkpoint,
-        "epoch": job.subject.epoch,
+        "epoch": None if together else job.subject.epoch,
         "images": job.images if "images" in uses else None,
         "split": "validation",
         "attack": job.attack.describe(),
@@ -251,8 +244,8 @@ def _keep(store: Store, job: Job, found: Found, seconds: float, device: torch.de
         "select": (job.select or "") if "select" in uses else "",
     }
     rows = [dict(row) for row in found.rows]
-    nodes = [job.subject.node] + ([] if job.against is None else [job.against.node])
-    record = {**facts, "nodes": nodes, "numbers": list(found.numbers), "payload": found.payload, "rows": rows}
+    about = {"arms": [net.arm for net in job.nets], "nodes": [net.node for net in job.nets]}
+    record = {**facts, **about, "numbers": list(found.numbers), "payload": found.payload, "rows": rows}
     write_json(job.folder / "result.json", record)
     write_text(job.folder / "rows.csv", csv_of([facts | {"rows": rows}]))
     if found.arrays:
@@ -264,40 +257,25 @@ def _keep(store: Store, job: Job, found: Found, seconds: float, device: torch.de
 
 def _check_pairs(analyses: Sequence[Analysis], asked: Asked, arms: Mapping[str, Any]) -> None:
     """Raise where an analysis of two nets is asked for by name and there is only one."""
-    pairs = [one.name for one in analyses if not one.alone]
+    pairs = [one.name for one in analyses if one.between and not one.alone]
     wanted = list(asked.arms) or list(arms)
-    if asked.against is not None and set(wanted) == {asked.against} and all(not one.alone for one in analyses):
+    if asked.against is not None and set(wanted) == {asked.against} and len(pairs) == len(analyses):
         raise UserError(Fault(f"{asked.against} is the only arm looked at; name another one", path="--against"))
     if asked.what and pairs and asked.against is None:
         raise UserError(Fault(f"is missing: {pairs[0]} is of two nets; allowed: {', '.join(arms)}", path="--against"))
 
 
-def _trained(store: Store, arm: Mapping[str, Any], recipe: Recipe, seed: int, checkpoint: str) -> Trained | str:
-    """Return the net of an arm for a seed, or why there is none."""
-    folders = {phase["name"]: store.phase(phase["id"], seed) for phase in arm["phases"]}
-    for phase, folder in folders.items():
-        if not store.whole(folder):
-            failure = store.failure(folder)
-            why = f" ({failure[0]})" if failure else "; run the study first"
-            return f"arm {arm['name']} has no whole result of phase {phase} for seed {seed}{why}"
-    last = list(folders.values())[-1]
-    curve = read_json(last / "curve.json")
-    epoch = curve["best_epoch"] if checkpoint == "best" else curve["points"][-1]["epoch"]
-    weights = last / f"{checkpoint}.safetensors"
-    return Trained(arm["name"], seed, checkpoint, arm["nodes"][-1], recipe, folders, epoch, _digest(weights))
-
-
-def _digest(path: Path) -> str:
-    return read_json(path.parent / MANIFEST)["files"][path.name]["sha256"]
-
-
-def _job(store: Store, one: Analysis, subject: Trained, other: Trained | None, asked: Asked) -> Job | str:
+def _job(
+    store: Store, one: Analysis, subject: Trained, other: Trained | None, others: Sequence[Trained], asked: Asked
+) -> Job | str:
     """Return the job, or why it cannot be."""
+    if one.together and not others:
+        return f"{one.name}: is of two arms or more, and there is only {subject.arm}"
     recipe = subject.recipe
-    validation = _data(recipe)[2]
+    validation = images_of(recipe)[2]
     if not len(validation):
         raise UserError(Fault("data.validation is 0: there are no held-out images to look at", file=str(store.root)))
-    images = min(asked.images, len(validation))
+    images = min(asked.images if "images" in one.uses else _USUAL, len(validation))
     monitor = recipe.evaluate.monitor.attack
     if asked.attack is None or "attack" not in one.uses:  # the learning curve was measured with the monitor's
         attack = build_attack(monitor, recipe.threat)
@@ -308,7 +286,8 @@ def _job(store: Store, one: Analysis, subject: Trained, other: Trained | None, a
         "schema": _SCHEMA,
         "analysis": [one.name, one.version],
         "nets": [
-            [net.arm, net.seed, net.checkpoint, net.node, net.digest] for net in (subject, *((other,) if other else ()))
+            [net.arm, net.seed, net.checkpoint, net.node, net.digest]
+            for net in (subject, *((other,) if other else ()), *others)
         ],
         "data": load_data(recipe.data.name).digest,
         "attack": attack.identity(),
@@ -322,16 +301,19 @@ def _job(store: Store, one: Analysis, subject: Trained, other: Trained | None, a
     }
     identity = digest(content, 16)
     folder = analyses_folder(store) / one.name / identity
-    job = Job(one, subject, other, identity, folder, images, select, attack)
+    job = Job(one, subject, other, identity, folder, images, select, attack, others=others)
     if store.whole(folder):
         return job
-    if other is not None and one.alike and not _alike(subject, other):
+    for net in others:
+        if held_out(net) != held_out(subject):
+            return f"{one.name}: arms {subject.arm} and {net.arm} hold out other images"
+    if other is not None and one.alike and not alike(subject, other):
         return f"{one.name}: arms {subject.arm} and {other.arm} have tensors of different names or shapes"
     draft = _look(job, None, None)
     cost = one.cost(draft) if select is None else _checked("--select", one.cost, draft)
     if not cost:
         return f"{one.name}: the net of arm {subject.arm} has {one.lacks}"
-    return Job(one, subject, other, identity, folder, images, select, attack, cost)
+    return Job(one, subject, other, identity, folder, images, select, attack, cost, others)
 
 
 def _checked(option: str, make: Callable[[Any], Any], value: Any) -> Any:
@@ -342,33 +324,15 @@ def _checked(option: str, make: Callable[[Any], Any], value: Any) -> Any:
         raise UserError([fault.at(path=option) for fault in error.faults]) from None
 
 
-def _alike(one: Trained, other: Trained) -> bool:
-    shapes = []
-    for net in (one, other):
-        model = model_for_checks(net.recipe.model, _data(net.recipe)[0])
-        shapes.append({name: tensor.shape for name, tensor in model.state_dict().items()})
-    return shapes[0] == shapes[1]
-
-
-def _data(recipe: Recipe) -> tuple[Dataset, Images, Images, Images]:
-    return _cut(recipe.data.model_dump_json())
-
-
-@lru_cache(maxsize=2)
-def _cut(config: str) -> tuple[Dataset, Images, Images, Images]:
-    """Return the data as a recipe cuts them, which copies all images: once for all jobs."""
-    return data_of(DataConfig.model_validate_json(config))
-
-
 def _look(job: Job, device: torch.device | None, part: Any) -> Look:
     """Return what the analysis gets; without a device, nets that are not trained, to tell the cost from."""
     subject, other, recipe = job.subject, job.against, job.subject.recipe
-    dataset, train, validation, _ = _data(recipe)
-    held_out: Images = validation.first(job.images)
+    dataset, train, validation, _ = images_of(recipe)
+    looked: Images = validation.first(job.images)
 
     def net(trained: Trained) -> nn.Module:
         if device is None:
-            return model_for_checks(trained.recipe.model, _data(trained.recipe)[0])
+            return model_for_checks(trained.recipe.model, images_of(trained.recipe)[0])
         return trained.build().to(device)
 
     def drawn(seed: int) -> Mapping[str, Any]:
@@ -383,11 +347,12 @@ def _look(job: Job, device: torch.device | None, part: Any) -> Look:
     sources: dict[str, Callable[[], Mapping[str, Any]]] = {"initial": partial(drawn, subject.seed), "random": random}
     sources |= {name: partial(read_tensors, path) for name, (path, _) in subject.earlier().items()}
     curve = [point for folder in subject.folders.values() for point in read_json(folder / "curve.json")["points"]]
+    nets = {one.arm: net(one) for one in (subject, *job.others)}
     return Look(
         arm=subject.arm,
-        model=net(subject),
-        held_out=held_out if device is None else held_out.to(device),
-        train=train if device is None else train.first(min(REFERENCE, len(train))).to(device),
+        model=nets[subject.arm],
+        held_out=looked if device is None else looked.to(device),
+        train=train if device is None else train.to(device),
         attack=job.attack,
         noise=Gaussian(build_threat(recipe.threat)),
         seed=subject.seed,
@@ -397,5 +362,7 @@ def _look(job: Job, device: torch.device | None, part: Any) -> Look:
         sources=sources,
         curve=curve,
         phase=list(subject.folders)[-1],
+        augment=Augment(recipe.data.augment.crop, recipe.data.augment.flip),
+        nets=nets if job.others else {},
         **({} if part is None else {"part": part}),
     )

@@ -47,31 +47,38 @@ def kept_analyses(store: Store, plan: Mapping[str, Any]) -> list[tuple[Path, dic
         if "." in folder.name or not store.whole(folder):
             continue
         record = read_json(folder / "result.json")
-        names = [record["arm"], *([record["against"]] if record["against"] else [])]
+        names = _arms(record)
         if [arms[name]["nodes"][-1] if name in arms else "" for name in names] == record["nodes"]:
             found.append((folder, record))
     place = list(arms)
 
     def order(pair: tuple[Path, dict[str, Any]]) -> tuple[Any, ...]:
         one = pair[1]
-        against = place.index(one["against"]) if one["against"] else -1
-        return (place.index(one["arm"]), against, one["seed"], one["checkpoint"], one["images"] or 0, pair[0].name)
+        arm, against = (place.index(one[key]) if one[key] else -1 for key in ("arm", "against"))
+        found = len(_arms(one)), one["images"] or 0
+        return (arm, against, one["seed"], one["checkpoint"], *found, pair[0].name)
 
     return sorted(found, key=order)
 
 
+def _arms(record: Mapping[str, Any]) -> list[str]:
+    """Return all arms that a result is about; those of an earlier version name them one by one."""
+    return record.get("arms") or [name for name in (record["arm"], record["against"]) if name]
+
+
 def collect_analyses(store: Store, plan: Mapping[str, Any]) -> list[Analyzed]:
-    """Return for the report what was found, for each setting once: with the most images."""
+    """Return for the report what was found, for each setting once: of the most arms, with the most images."""
     best: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
     for folder, record in kept_analyses(store, plan):
         keys = ("analysis", "arm", "against", "seed", "checkpoint", "attack", "select")
-        best[tuple(record[key] for key in keys)] = (folder, record)  # those with more images come later
+        best[tuple(record[key] for key in keys)] = (folder, record)  # those of more come later
     found = []
     for folder, record in best.values():
         path = folder / "arrays.safetensors"
         arrays = {name: tensor.numpy() for name, tensor in read_tensors(path).items()} if path.exists() else {}
-        facts = {key: record[key] for key in Analyzed.__dataclass_fields__ if key not in ("identity", "arrays")}
-        found.append(Analyzed(identity=folder.name, arrays=arrays, **facts))
+        read = ("identity", "arrays", "arms")
+        facts = {key: record[key] for key in Analyzed.__dataclass_fields__ if key not in read}
+        found.append(Analyzed(identity=folder.name, arrays=arrays, arms=_arms(record), **facts))
     return found
 
 

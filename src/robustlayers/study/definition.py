@@ -15,7 +15,7 @@ from robustlayers.study.begin import start_faults
 from robustlayers.study.claims import Claim
 from robustlayers.study.claims import parse as parse_claim
 from robustlayers.study.schema import Recipe, StudyConfig
-from robustlayers.study.semantics import attack_label, recipe_faults
+from robustlayers.study.semantics import measured_attacks, recipe_faults
 from robustlayers.study.validate import Keys, Place, check
 
 __all__ = ["FACTS", "ArmDefinition", "Study", "load_study"]
@@ -28,7 +28,10 @@ Change = tuple[Keys, str | tuple[str, ...]]
 
 _RECIPE = tuple(Recipe.model_fields)
 _MERGED = ("optimizer", "schedule", "normalization")
-_ALIKE = (("evaluate", "attacks"), ("evaluate", "branches"), ("evaluate", "checkpoints"), ("data", "test_images"))
+_ALIKE = (
+    *(("evaluate", key) for key in ("attacks", "branches", "checkpoints", "corruptions", "sanity")),
+    ("data", "test_images"),
+)
 
 
 @dataclass(frozen=True)
@@ -354,7 +357,7 @@ def _mapping(key: str, value: Any) -> Any:
 
 def _claims(config: StudyConfig, place: Place) -> tuple[list[tuple[str, Claim]], list[Fault]]:
     try:
-        attacks = [attack_label(what, config.threat) for what in config.evaluate.attacks]
+        attacks = list(measured_attacks(config))
     except UserError:  # reported with the attacks; without their names, no claim can be judged
         return [], []
     claims: list[tuple[str, Claim]] = []

@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from robustlayers.attacks import label
 from robustlayers.core.quantities import pixels_text
 from robustlayers.selection import Partition, Selection, resolve
 from robustlayers.study.begin import start_text
@@ -25,7 +24,7 @@ from robustlayers.study.phases import (
 )
 from robustlayers.study.plan import SCHEMA, ArmPlan, PhaseNode, Plan
 from robustlayers.study.schema import PhaseConfig, Recipe
-from robustlayers.study.semantics import build_attack, data_of, model_for_checks
+from robustlayers.study.semantics import build_attack, data_of, measured_attacks, model_for_checks
 from robustlayers.training import parse_signal
 
 __all__ = ["describe_plan"]
@@ -39,7 +38,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     model = model_for_checks(first.model, dataset)
     everything = resolve(Partition(model, {"all": "rest"}).inventory, "all")
     norms = _norm_parameters(everything)
-    attacks = [build_attack(what, first.threat) for what in first.evaluate.attacks]
+    attacks = measured_attacks(first)
     shape = "x".join(str(side) for side in (*train.shape[1:], train.shape[0]))
     monitor = build_attack(first.evaluate.monitor.attack, first.threat)
     return {
@@ -57,8 +56,8 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "norm_parameters": norms,
         "threat": f"{first.threat.norm} {pixels_text(first.threat.eps)}",
         "training_attack": training_attack(first.attack, first.threat).describe(),
-        "attacks": [label(attack) for attack in attacks],
-        "attack_texts": {label(attack): attack.describe() for attack in attacks},
+        "attacks": list(attacks),
+        "attack_texts": {name: attack.describe() for name, attack in attacks.items()},
         "checkpoints": list(first.evaluate.checkpoints),
         "selection": _selection(first.evaluate.monitor.select, monitor.describe()),
         "seeds": list(study.seeds),

@@ -17,7 +17,7 @@ import torch
 
 from robustlayers.core.errors import UserError
 
-__all__ = ["Event", "Stopped", "Task", "execute"]
+__all__ = ["Event", "OnEvent", "Queue", "Stopped", "Task", "execute", "perform"]
 
 
 class Stopped(Exception):
@@ -61,7 +61,7 @@ def execute(tasks: list[Task], *, workers: int, threads: int, on_event: OnEvent)
         _in_workers(tasks, min(workers, len(tasks)), threads, on_event)
 
 
-class _Queue:
+class Queue:
     """Tasks that wait, are ready, or can never be."""
 
     def __init__(self, tasks: list[Task]) -> None:
@@ -100,18 +100,18 @@ class _Queue:
 def _in_process(tasks: list[Task], threads: int, on_event: OnEvent) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    queue = _Queue(tasks)
+    queue = Queue(tasks)
     try:
         while task := queue.next():
             on_event(Event(task.key, "started", {}))
-            end = _perform(task, on_event)
+            end = perform(task, on_event)
             queue.finish(task.key, end.kind == "done")
             on_event(end)
     finally:
         torch.set_num_threads(before)
 
 
-def _perform(task: Task, on_event: OnEvent) -> Event:
+def perform(task: Task, on_event: OnEvent) -> Event:
     """Do a task and return how it ended; what it reports goes to `on_event`."""
     try:
         task.function(*task.arguments, lambda kind, facts: on_event(Event(task.key, kind, dict(facts))))
@@ -127,7 +127,7 @@ def _perform(task: Task, on_event: OnEvent) -> Event:
 
 def _in_workers(tasks: list[Task], workers: int, threads: int, on_event: OnEvent) -> None:
     context = multiprocessing.get_context("spawn")
-    queue = _Queue(tasks)
+    queue = Queue(tasks)
     pool: dict[Connection, Any] = {}
     busy: dict[Connection, Task] = {}
     try:
@@ -210,7 +210,7 @@ def _worker(connection: Connection, threads: int) -> None:
         if task is None:
             return
         try:
-            connection.send(_perform(task, connection.send))
+            connection.send(perform(task, connection.send))
         except OSError:  # the parent is gone
             return
 

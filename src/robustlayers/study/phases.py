@@ -13,6 +13,7 @@ from torch import nn
 from robustlayers import attacks
 from robustlayers.core.errors import UserError, one_of
 from robustlayers.core.quantities import number
+from robustlayers.core.ranks import ALONE, Ranks
 from robustlayers.data import Augment, Images, batch_count
 from robustlayers.normalization import PASSES, NormPolicy, Switch, habit
 from robustlayers.normalization.policy import policy_content
@@ -249,8 +250,9 @@ def build_trainer(
     seed: int = 0,
     first_epoch: int = 0,
     device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
 ) -> PhaseTrainer:
-    """Return the trainer of a phase that trains."""
+    """Return the trainer of a phase that trains; `ranks` are processes that share its batches."""
     augment = recipe.data.augment
     return PhaseTrainer(
         model,
@@ -265,6 +267,7 @@ def build_trainer(
         schedule=build_schedule(phase.schedule),
         policy=build_policy(phase.normalization, recipe.groups),
         crafting=phase.crafting,
+        precision=phase.precision,
         augment=Augment(augment.crop, augment.flip),
         windows={group: (begin, end) for group, (begin, end) in phase.windows.items()},
         perturbation=build_perturbation(phase.perturbation),
@@ -273,6 +276,8 @@ def build_trainer(
         seed=seed,
         first_epoch=first_epoch,
         device=device,
+        ranks=ranks,
+        statistics=phase.statistics,
     )
 
 
@@ -300,6 +305,10 @@ def phase_content(recipe: Recipe, phase: PhaseConfig, attack: Callable[[Any], An
     _without_cycles(schedule)
     if phase.crafting != "fp32":
         content["crafting"] = phase.crafting
+    if phase.precision != "fp32":
+        content["precision"] = phase.precision
+    if phase.statistics != "sync":
+        content["statistics"] = phase.statistics
     if phase.steps is not None:
         content["steps"] = phase.steps
     if phase.windows:

@@ -14,6 +14,7 @@ from robustlayers.core.identity import digest
 from robustlayers.selection import selector_content
 from robustlayers.study.begin import start_content
 from robustlayers.study.definition import ArmDefinition, Study
+from robustlayers.study.extras import extras_content
 from robustlayers.study.phases import (
     build_trainer,
     input_attack,
@@ -24,10 +25,10 @@ from robustlayers.study.phases import (
 )
 from robustlayers.study.schema import PhaseConfig, Recipe
 from robustlayers.study.semantics import (
-    attack_label,
     build_attack,
     data_of,
     load_data,
+    measured_attacks,
     model_for_checks,
     model_identity,
 )
@@ -55,7 +56,7 @@ class PhaseNode:
     forward_passes: int  # of single images, whole phase, one seed; a phase that stops early makes fewer
     backward_passes: int
     step_passes: tuple[int, int]  # of an ordinary step
-    kept: tuple[int, ...] = ()  # epochs whose state later phases rewind to
+    kept: tuple[int, ...] = ()  # epochs whose state is kept: later phases rewind to it, or `keep` asks for it
 
     @property
     def adversarial(self) -> bool:
@@ -120,7 +121,7 @@ def make_plan(study: Study) -> Plan:
                 node = replace(nodes[node.id], arms=(*nodes[node.id].arms, definition.name))
             nodes[node.id] = node
             chain.append(node)
-            for epoch in _rewinds(phase):
+            for epoch in (*_rewinds(phase), *_kept(phase, node)):
                 owner = next((n for n in chain if n.first_epoch < epoch < n.first_epoch + n.epochs), None)
                 if owner is not None:
                     kept = tuple(sorted({*nodes[owner.id].kept, epoch}))
@@ -133,6 +134,15 @@ def make_plan(study: Study) -> Plan:
 def _rewinds(phase: PhaseConfig) -> list[int]:
     starts = (*phase.start.values(), *phase.assign.values())
     return [start.rewind for start in starts if not isinstance(start, str) and start.rewind is not None]
+
+
+def _kept(phase: PhaseConfig, node: PhaseNode) -> range:
+    """Return the epochs, over all phases, that the phase keeps to be looked at; its last one is kept anyway."""
+    return (
+        range(0)
+        if phase.keep is None
+        else range(node.first_epoch + phase.keep, node.first_epoch + node.epochs, phase.keep)
+    )
 
 
 def _select(recipe: Recipe, phase: PhaseConfig) -> str:
@@ -217,18 +227,17 @@ def _passes(recipe: Recipe, phase: PhaseConfig) -> tuple[int, int, tuple[int, in
 
 
 def _run(recipe: Recipe, last: str) -> str:
+    dataset = load_data(recipe.data.name)
     content = {
         "schema": SCHEMA,
         "trained": last,
         "threat": recipe.threat.model_dump(mode="json"),
-        "attacks": [
-            _attack(build_attack(what, recipe.threat)) | {"label": attack_label(what, recipe.threat)}
-            for what in recipe.evaluate.attacks
-        ],
+        "attacks": [_attack(attack) | {"label": name} for name, attack in measured_attacks(recipe).items()],
         "checkpoints": recipe.evaluate.checkpoints,
         "batch_size": recipe.evaluate.batch_size,
         "test_images": recipe.data.test_images,
-        "data": load_data(recipe.data.name).digest,
+        "data": dataset.digest,
         **({"branches": True} if recipe.evaluate.branches else {}),
+        **extras_content(recipe.evaluate, dataset.test.shape[0]),
     }
     return digest(content, 16)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from robustlayers.core.device import machine, pick_device, versions
+from robustlayers.core.errors import UserError
 from robustlayers.core.files import MANIFEST, write_json, write_text
+from robustlayers.core.ranks import ALONE, Ranks
 from robustlayers.study.describe import describe_plan
+from robustlayers.study.extras import extras_passes
 from robustlayers.study.local import Event, Task, execute
 from robustlayers.study.measure import measure_run
 from robustlayers.study.plan import ArmPlan, PhaseNode, Plan
-from robustlayers.study.semantics import build_attack, data_of
+from robustlayers.study.semantics import build_attack, data_of, measured_attacks
 from robustlayers.study.store import Store
+from robustlayers.study.together import follow, lead
 from robustlayers.study.work import train_phase
 
 __all__ = ["Job", "Outcome", "default_workers", "plan_size", "run_plan"]
@@ -56,7 +61,7 @@ def default_workers(plan: Plan, device: torch.device, workers: int | None, threa
     one worker. Depends on the plan only, not on what is left of it, so that a repeated command computes with the same
     number of threads.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _cores()
     if workers is None:
         workers = max(1, min(cores, len(plan.arms) * len(plan.study.seeds))) if device.type == "cpu" else 1
     if threads is None:
@@ -72,23 +77,40 @@ def run_plan(
     device: str = "auto",
     workers: int | None = None,
     threads: int | None = None,
+    ranks: Ranks = ALONE,
     on_start: Callable[[dict[str, Job], float], None] | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Outcome:
     """Train and measure all that the store in `folder` does not have yet; return how it ended.
 
     `on_start(jobs, finished)` gets the jobs that are left and the share of the study's passes that is done already.
-    Raises `UserError` if another process is running a study in the same folder.
+    With several `ranks` all of them call this. They share the batches of every phase that trains; the main one does the
+    rest, and it alone writes, calls back and knows the outcome.
+
+    Raises `UserError` if another process is running a study in the same folder, `Ended` if one of several fails.
     """
     store = Store(folder)
     where = pick_device(device)
+    if ranks.count > 1:
+        if workers not in (None, 1):
+            raise UserError("--workers: processes that torchrun started do one task at a time together; leave it out")
+        workers, threads = 1, threads or max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)))
     workers, threads = default_workers(plan, where, workers, threads)
+    if not ranks.main:
+        tasks = [_train_task(store, node, s, where, ranks) for s in plan.study.seeds for node in plan.nodes.values()]
+        follow({task.key: task for task in tasks}, ranks, threads=threads)
+        return Outcome()
     with store.locked():
         facts = describe_plan(plan)
-        record = {**facts, "command": command, "versions": versions(), "machine": _machine(where, workers, threads)}
+        record = {
+            **facts,
+            "command": command,
+            "versions": versions(),
+            "machine": _machine(where, workers, threads, ranks),
+        }
         write_text(store.root / "study.yaml", facts["recipe_yaml"])
         write_json(store.plan, record)
-        tasks, jobs, done, outcome = _tasks(plan, store, where)
+        tasks, jobs, done, outcome = _tasks(plan, store, where, ranks)
         total = done + sum(job.size for job in jobs.values())
         if on_start is not None:
             on_start(jobs, done / total if total else 1.0)
@@ -104,7 +126,9 @@ def run_plan(
             if on_event is not None:
                 on_event(event)
 
-        if tasks:
+        if ranks.count > 1:
+            lead(tasks, ranks, shared=lambda task: task.key.startswith("train"), threads=threads, on_event=note)
+        elif tasks:
             execute(tasks, workers=workers, threads=threads, on_event=note)
         for node in plan.nodes.values():
             for seed in plan.study.seeds:
@@ -114,12 +138,23 @@ def run_plan(
     return outcome
 
 
-def _machine(device: torch.device, workers: int, threads: int) -> str:
+def _machine(device: torch.device, workers: int, threads: int, ranks: Ranks) -> str:
+    many = f"{workers} worker(s)" if ranks.count == 1 else f"{ranks.count} processes that share batches"
     if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         text = machine(device).rpartition(",")[0]
-        return f"{text}, {cores} cores, {workers} worker(s) with {threads} torch thread(s) each"
-    return f"{machine(device)}, {workers} worker(s)"
+        return f"{text}, {_cores()} cores, {many} with {threads} torch thread(s) each"
+    return f"{machine(device)}, {many}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _train_task(
+    store: Store, node: PhaseNode, seed: int, device: torch.device, ranks: Ranks, needs: tuple[str, ...] = ()
+) -> Task:
+    train = train_phase if ranks.count == 1 else partial(train_phase, ranks=ranks)
+    return Task(_train_key(node, seed), train, (store, node, seed, device), needs, _training_size(node))
 
 
 def _train_key(node: PhaseNode, seed: int) -> str:
@@ -131,7 +166,9 @@ def _folder(store: Store, key: str) -> Path:
     return store.phase(name, int(seed)) if kind == "train" else store.result(name, int(seed))
 
 
-def _tasks(plan: Plan, store: Store, device: torch.device) -> tuple[list[Task], dict[str, Job], float, Outcome]:
+def _tasks(
+    plan: Plan, store: Store, device: torch.device, ranks: Ranks
+) -> tuple[list[Task], dict[str, Job], float, Outcome]:
     """Return the tasks that are left, their jobs, the size of what is done, and an outcome to fill."""
     tasks: list[Task] = []
     jobs: dict[str, Job] = {}
@@ -155,7 +192,7 @@ def _tasks(plan: Plan, store: Store, device: torch.device) -> tuple[list[Task], 
             if store.finished(folder) and all((folder / f"epoch-{epoch}.safetensors").exists() for epoch in node.kept):
                 done += size
                 continue
-            (folder / MANIFEST).unlink(missing_ok=True)  # it may lack an epoch that a later phase rewinds to
+            (folder / MANIFEST).unlink(missing_ok=True)  # it may lack an epoch that is to be kept
             failure = store.failure(folder)
             parent = f"train {node.parent} {seed}"
             if (failure and failure[0] == "diverged") or parent in blocked:
@@ -164,7 +201,7 @@ def _tasks(plan: Plan, store: Store, device: torch.device) -> tuple[list[Task], 
             store.forget_failure(folder)
             needs = (parent,) if parent in pending else ()
             add(
-                Task(key, train_phase, (store, node, seed, device), needs, size),
+                _train_task(store, node, seed, device, ranks, needs),
                 Job(key, outcome.texts[key], size, node.epochs),
             )
         for arm in {arm.run: arm for arm in plan.arms}.values():
@@ -202,9 +239,10 @@ def _training_size(node: PhaseNode) -> float:
 
 def _measuring_size(arm: ArmPlan) -> float:
     recipe = arm.recipe
-    test = len(data_of(recipe.data)[3])
-    passes = sum(_passes(build_attack(what, recipe.threat)) for what in recipe.evaluate.attacks)
-    return float(len(recipe.evaluate.checkpoints) * test * passes)
+    test = data_of(recipe.data)[3]
+    passes = len(test) * sum(map(_passes, measured_attacks(recipe).values()))
+    passes += extras_passes(recipe.evaluate, test.shape[0], len(test))
+    return float(len(recipe.evaluate.checkpoints) * passes)
 
 
 def _passes(attack: Any) -> int:

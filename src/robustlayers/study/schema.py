@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from robustlayers.core.errors import UserError
-from robustlayers.core.quantities import number
-from robustlayers.study.validate import shown
+from robustlayers.study.fields import Closed, Named, Options, Patch, Quantity, folder_name
 
 __all__ = [
     "ClaimConfig",
+    "CorruptionsConfig",
     "DataConfig",
     "EvaluateConfig",
     "ModelConfig",
@@ -34,49 +33,14 @@ __all__ = [
 ]
 
 
-def _number(value: Any) -> float:
-    if not isinstance(value, int | float | str) or isinstance(value, bool):
-        raise ValueError(f"{'empty' if value is None else shown(value)} is not a number; write 0.03 or 8/255")
-    try:
-        return number(value)
-    except UserError as error:
-        raise ValueError(error.faults[0].message.removeprefix("value: ")) from None
-
-
-def _identifier(text: str) -> str:
-    if not text.strip() or any(mark in text for mark in '."\n'):
-        raise ValueError("a name must not be empty nor contain dots, quotes or line breaks")
-    return text
-
-
-def _folder(text: str) -> str:
-    if "/" in text or "\\" in text:
-        raise ValueError("names the folder of the results, so it must not contain slashes")
-    return text
-
-
-def _patch(value: Any) -> Any:
-    return {} if value is None else value  # a level with nothing after its colon changes nothing
-
-
-Quantity = Annotated[float, BeforeValidator(_number)]
-Named = Annotated[str, AfterValidator(_identifier)]
-Options = dict[str, Any]
-Patch = Annotated[dict[str, Any], BeforeValidator(_patch)]
-
-
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class AugmentConfig(_Closed):
+class AugmentConfig(Closed):
     """Random changes of the training images, per image."""
 
     crop: int = Field(default=0, ge=0, le=64, description="pixels of zero padding before a random crop; 0 is off")
     flip: bool = Field(default=False, description="mirror left and right with probability 1/2")
 
 
-class DataConfig(_Closed):
+class DataConfig(Closed):
     """The images: a name that `robustlayers data list` shows, or parquet:FOLDER, idx:FOLDER, npz:FILE."""
 
     name: str
@@ -103,14 +67,14 @@ class ModelConfig(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
-class ThreatConfig(_Closed):
+class ThreatConfig(Closed):
     """The set of allowed perturbations: |x_adv - x| <= eps in this norm, inside [0, 1]."""
 
     norm: Literal["linf", "l2", "l1"]
     eps: Quantity = Field(gt=0, description="pixel units of [0, 1]; write 8/255")
 
 
-class SwitchConfig(_Closed):
+class SwitchConfig(Closed):
     """What norm layers do in one pass."""
 
     by: Literal["auto", "batch", "running", "frozen", "mixture"] = Field(
@@ -135,7 +99,7 @@ class SwitchConfig(_Closed):
         return self
 
 
-class PassesConfig(_Closed):
+class PassesConfig(Closed):
     """A switch for each pass; those left out are the habit's."""
 
     habit: (
@@ -179,7 +143,7 @@ class NormalizationConfig(PassesConfig):
     )
 
 
-class ScheduleConfig(_Closed):
+class ScheduleConfig(Closed):
     """How the learning rate changes over a phase."""
 
     name: Literal["constant", "cosine", "cyclic", "linear", "one-cycle", "piecewise"] = "constant"
@@ -194,7 +158,7 @@ class ScheduleConfig(_Closed):
     cycles: int = Field(default=1, ge=1, description="of cyclic")
 
 
-class GroupOptimizerConfig(_Closed):
+class GroupOptimizerConfig(Closed):
     """What one group does otherwise; left out: as the rest does."""
 
     lr: Quantity | None = Field(default=None, gt=0)
@@ -208,7 +172,7 @@ class GroupOptimizerConfig(_Closed):
     schedule: ScheduleConfig | None = None
 
 
-class OptimizerConfig(_Closed):
+class OptimizerConfig(Closed):
     """One optimizer for the trained groups of a phase."""
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -238,7 +202,7 @@ class OptimizerConfig(_Closed):
         return self
 
 
-class TrainingConfig(_Closed):
+class TrainingConfig(Closed):
     """Settings that every phase shares unless it says otherwise; mappings are merged key by key."""
 
     batch_size: int = Field(default=128, ge=2)
@@ -247,6 +211,15 @@ class TrainingConfig(_Closed):
     normalization: NormalizationConfig = NormalizationConfig()
     crafting: Literal["fp32", "bf16", "auto"] = Field(
         default="fp32", description="precision of crafting; auto: the fastest whose gradient agrees with the model's"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="of the forwards that are learned from; bf16: under autocast, norm layers, losses and weights in fp32",
+    )
+    statistics: Literal["sync", "mean", "none"] = Field(
+        default="sync",
+        description="of batch norm where processes share a batch; sync: of the whole batch; else each normalizes by its "
+        "part, and the running ones are the mean of all, or those of the first",
     )
 
 
@@ -270,7 +243,7 @@ class StartConfig(BaseModel):
     )
 
 
-class RecalibrateConfig(_Closed):
+class RecalibrateConfig(Closed):
     """Running statistics estimated anew on training images, while nothing else moves."""
 
     select: str = Field(default="norm", description="the norm layers whose statistics are estimated")
@@ -282,7 +255,7 @@ class RecalibrateConfig(_Closed):
     )
 
 
-class StopConfig(_Closed):
+class StopConfig(Closed):
     """When a phase ends before its time: after `patience` epochs in which a validation metric has not risen."""
 
     patience: int = Field(ge=1)
@@ -316,6 +289,7 @@ class PhaseConfig(TrainingConfig):
     )
     average: str | Options | None = Field(default=None, description="the phase's result is an average of its weights")
     stop: StopConfig | None = Field(default=None, description="end before the time is up")
+    keep: int | None = Field(default=None, ge=1, description="keep the net after every so many epochs, to look at it")
 
     @property
     def kind(self) -> Literal["train", "recalibrate", "set"]:
@@ -350,7 +324,7 @@ class PhaseConfig(TrainingConfig):
             return self
         idle = [
             key
-            for key in ("steps", "start", "windows", "perturbation", "ascent", "average", "stop")
+            for key in ("steps", "start", "windows", "perturbation", "ascent", "average", "stop", "keep")
             if getattr(self, key)
         ]
         if idle:
@@ -360,7 +334,7 @@ class PhaseConfig(TrainingConfig):
         return self
 
 
-class MonitorConfig(_Closed):
+class MonitorConfig(Closed):
     """What is measured after every epoch: the learning curves, and the choice of the best checkpoint."""
 
     attack: str | Options = "pgd-10"
@@ -370,7 +344,31 @@ class MonitorConfig(_Closed):
     )
 
 
-class EvaluateConfig(_Closed):
+class CorruptionsConfig(Closed):
+    """Common corruptions of the test images, made in code: accuracy by family and severity."""
+
+    families: list[str] = Field(description="all, groups of them (noise, blur, weather, digital, extra), or names")
+    severities: list[Annotated[int, Field(ge=1, le=5)]] = Field(default=[1, 2, 3, 4, 5], min_length=1)
+    images: int | None = Field(default=None, ge=1, description="at most so many test images, the first ones")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        value = {"families": value} if isinstance(value, str | list) else value
+        if isinstance(value, dict) and isinstance(value.get("families"), str):
+            name = value["families"]
+            value = {**value, "families": [] if name == "none" else [name]}
+        return value
+
+    @model_validator(mode="after")
+    def _once(self) -> CorruptionsConfig:
+        for name, values in (("families", self.families), ("severities", self.severities)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"one of the {name} stands there twice")
+        return self
+
+
+class EvaluateConfig(Closed):
     """What is measured on the test set, once per reported row."""
 
     attacks: list[str | Options] = Field(default=["pgd-20"], min_length=1)
@@ -379,17 +377,21 @@ class EvaluateConfig(_Closed):
     branches: bool = Field(
         default=False, description="of nets with branches: crafted on each and measured on each, as rows of their own"
     )
+    corruptions: CorruptionsConfig = Field(
+        default=CorruptionsConfig(families=[]), description="none, all, names of families, or a mapping with more"
+    )
+    sanity: bool = Field(default=False, description="accuracy against eps and steps, on the first 100 test images")
     monitor: MonitorConfig = MonitorConfig()
 
 
-class ClaimConfig(_Closed):
+class ClaimConfig(Closed):
     """A statement in words and as a comparison that a paired test over the seeds can support or contradict."""
 
     say: str = Field(min_length=1)
     that: str = Field(min_length=1)
 
 
-class Recipe(_Closed):
+class Recipe(Closed):
     """Everything that decides a result but the seed: one arm of a study, all factors applied."""
 
     data: DataConfig
@@ -406,11 +408,11 @@ class StudyConfig(Recipe):
     """A recipe x factors x seeds, the question it answers, and its claims."""
 
     question: str = Field(min_length=1)
-    name: Annotated[Named, AfterValidator(_folder)] | None = Field(
+    name: Annotated[Named, AfterValidator(folder_name)] | None = Field(
         default=None, description="the file's name unless given"
     )
     factors: dict[Named, dict[str, Patch]] = Field(
         default={}, description="factor -> level -> patch {dotted path: value}"
     )
     seeds: Annotated[int, Field(ge=1, le=1000)] | list[Annotated[int, Field(ge=0)]] = 3
-    claims: list[ClaimConfig] = []
+    claims: list[ClaimConfig] = Field(default=[])

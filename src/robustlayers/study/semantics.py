@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +21,9 @@ from robustlayers.models.factory import build_factory, check_factory, factory_di
 from robustlayers.normalization.policy import NormPolicy, layer_switches
 from robustlayers.normalization.recalibration import Recalibration
 from robustlayers.selection import Selection
+from robustlayers.study.extras import families_of
 from robustlayers.study.faults import Faults
+from robustlayers.study.finals import NAME, AutoAttack, Measured, measured_attack, name_of
 from robustlayers.study.phases import (
     build_average,
     build_optimizer_settings,
@@ -36,12 +39,12 @@ from robustlayers.study.validate import Place
 from robustlayers.training import Average, PartialStep, build_optimizer, check_windows, parse_signal
 
 __all__ = [
-    "attack_label",
     "build_attack",
     "build_model",
     "build_threat",
     "data_of",
     "load_data",
+    "measured_attacks",
     "model_for_checks",
     "model_identity",
     "model_options",
@@ -62,9 +65,20 @@ def build_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> NamedAt
     return attacks.parse(what, build_threat(threat))
 
 
-def attack_label(what: str | Mapping[str, Any], threat: ThreatConfig) -> str:
-    """Return the short name under which rows and claims know an attack."""
-    return attacks.label(build_attack(what, threat))
+def measured_attacks(recipe: Recipe) -> dict[str, Measured]:
+    """Return the attacks of `evaluate.attacks` in their order, by the short name under which rows and claims know them.
+
+    AutoAttack has that name only on the whole test set, so the data set is looked at where it is asked for.
+    """
+    found = [measured_attack(what, build_threat(recipe.threat)) for what in recipe.evaluate.attacks]
+    if any(isinstance(attack, AutoAttack) for attack in found):
+        dataset = load_data(recipe.data.name)
+        whole = recipe.data.test_images in (None, len(dataset.test))
+        found = [
+            replace(attack, whole=whole, classes=len(dataset.classes)) if isinstance(attack, AutoAttack) else attack
+            for attack in found
+        ]
+    return {name_of(attack): attack for attack in found}
 
 
 @lru_cache(maxsize=2)
@@ -163,10 +177,18 @@ def _check_attacks(recipe: Recipe, found: Faults) -> None:
     labels: set[str] = set()
     for index, what in enumerate(recipe.evaluate.attacks):
         with found.at_option(what, "evaluate", "attacks", index):
-            label = attack_label(what, recipe.threat)
+            label = name_of(measured_attack(what, build_threat(recipe.threat)))
             if label in labels:
                 raise UserError(f"{label} stands there twice; rows could not tell them apart")
             labels.add(label)
+    if recipe.evaluate.branches and recipe.evaluate.attacks and all(_is_final(a) for a in recipe.evaluate.attacks):
+        found.add(
+            "autoattack does not craft on single branches; add another attack, such as pgd-20", "evaluate", "branches"
+        )
+
+
+def _is_final(what: str | Mapping[str, Any]) -> bool:
+    return (what if isinstance(what, str) else what.get("name")) == NAME
 
 
 def _check_names(recipe: Recipe, found: Faults) -> None:
@@ -194,6 +216,8 @@ def _check_data(recipe: Recipe, dataset: Dataset, found: Faults) -> None:
     ):
         if wanted is not None and wanted > most:
             found.add(f"{wanted} is more than the {most} {what} images of {config.name}", "data", key)
+    with found.at("evaluate", "corruptions"):
+        families_of(recipe.evaluate.corruptions, dataset.test.shape[0])
     height, width = dataset.train.shape[1:]
     if config.augment.crop >= min(height, width):
         text = f"{config.augment.crop} is too large for images of {height}x{width}; allowed: less than {min(height, width)}"

@@ -169,15 +169,15 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Analyzed:
-    """What one analysis found in the net of one arm, or against that of another; see `study.analyses`."""
+    """What one analysis found in the net of one arm, against that of another, or in all together; see `study.analyses`."""
 
     analysis: str
     identity: str
-    arm: str
+    arm: str  # "" where several are looked at together
     against: str  # the other arm, "" where there is none
     seed: int
     checkpoint: str
-    epoch: int
+    epoch: int | None
     images: int | None  # held-out images that were looked at, None where none was
     attack: str
     select: str  # the selector of layers or groups, "" for the usual ones
@@ -185,6 +185,7 @@ class Analyzed:
     payload: Mapping[str, object]  # what its figures are drawn from
     rows: Sequence[Mapping[str, object]]
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    arms: Sequence[str] = ()  # all that were looked at
 
 
 @dataclass(frozen=True)

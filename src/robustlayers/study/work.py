@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustlayers.core.errors import UserError
 from robustlayers.core.files import file_digest, read_json, read_tensors, write_json, write_tensors
 from robustlayers.core.random import stream
+from robustlayers.core.ranks import ALONE, Ranks
 from robustlayers.data import Images
 from robustlayers.evaluation import worst_case
 from robustlayers.study.begin import Ends, begin
@@ -40,20 +41,28 @@ _SAVE_SECONDS = 60.0  # a long epoch is saved so often
 _Work = PhaseTrainer | Recalibrated | Changed
 
 
-def train_phase(store: Store, node: PhaseNode, seed: int, device: torch.device, report: Report) -> None:
+def train_phase(
+    store: Store, node: PhaseNode, seed: int, device: torch.device, report: Report, *, ranks: Ranks = ALONE
+) -> None:
     """Train one phase for one seed into the store, going on where an earlier process was stopped.
 
-    A run that diverges is noted in the store as such, and raises `Stopped`.
+    A run that diverges is noted in the store as such, and raises `Stopped`. Of several processes, which call this with the
+    same arguments, only the main one writes, and changes of tensors without training are its business alone.
     """
+    if node.phase.kind != "train":
+        if not ranks.main:
+            return
+        ranks = ALONE
     folder = store.phase(node.id, seed)
     try:
-        _train(store, node, seed, device, report)
+        _train(store, node, seed, device, report, ranks)
     except Diverged as error:
-        store.fail(folder, "diverged", str(error))
+        if ranks.main:
+            store.fail(folder, "diverged", str(error))
         raise Stopped(str(error)) from None
 
 
-def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, report: Report) -> None:
+def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, report: Report, ranks: Ranks) -> None:
     recipe, phase = node.recipe, node.phase
     folder = store.phase(node.id, seed)
     dataset, train, validation, _ = data_of(recipe.data)
@@ -70,11 +79,14 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
         if phase.kind == "recalibrate":
             work = Recalibrated(node, model, train.to(device), seed)
         else:
+            images = train.to(device)
             work = build_trainer(
-                model, recipe, phase, train.to(device), seed=seed, first_epoch=node.first_epoch, device=device
+                model, recipe, phase, images, seed=seed, first_epoch=node.first_epoch, device=device, ranks=ranks
             )
-    record = _resume(store, work, folder)
-    monitor = _Monitor(recipe, node, train, validation, device)
+    record = _resume_together(store, work, folder, ranks)
+    _check_count(record, phase, ranks, folder)
+    monitor = _Monitor(recipe, node, train, validation, device, ranks)
+    write = write_tensors if ranks.main else _nothing
     saved = time.monotonic()
 
     def progress(done: int, of: int) -> None:
@@ -83,7 +95,7 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
     while work.done < work.epochs and not stops(phase, node.select, record["curve"]):
         log = work.run(steps=_STRIDE, progress=progress)
         if log is None:
-            if time.monotonic() - saved > _SAVE_SECONDS:
+            if ranks.main and time.monotonic() - saved > _SAVE_SECONDS:
                 _save(work, folder, record)
                 saved = time.monotonic()
             continue
@@ -104,12 +116,15 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
             score = monitor.score(point)
             if record["best"] is None or score > record["best"]["score"]:
                 record["best"] = {"epoch": log.epoch, "score": score, "file": f".best-{log.epoch}.safetensors"}
-                write_tensors(folder / record["best"]["file"], result.state_dict())
+                write(folder / record["best"]["file"], result.state_dict())
             if log.epoch in node.kept:
-                write_tensors(folder / f"epoch-{log.epoch}.safetensors", result.state_dict())
-        _save(work, folder, record)
+                write(folder / f"epoch-{log.epoch}.safetensors", result.state_dict())
+        if ranks.main:
+            _save(work, folder, record)
         saved = time.monotonic()
         report("epoch", {**point, "done": work.done, "of": work.epochs, "seconds": log.seconds})
+    if not ranks.main:
+        return
     ledger = work.verify()
     with work.result() as result:
         write_tensors(folder / "last.safetensors", result.state_dict())
@@ -121,6 +136,7 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
             "forward_passes": record["forward_passes"],
             "backward_passes": record["backward_passes"],
             **({"crafting": work.step.choice.reason} if isinstance(work, PhaseTrainer) and work.step.choice else {}),
+            **({"processes": record["processes"]} if "processes" in record else {}),
             "groups": [{**vars(change), "broken": list(change.broken), "kept": change.kept} for change in ledger],
         },
     )
@@ -142,6 +158,31 @@ def _ends(store: Store, node: PhaseNode, seed: int) -> Ends:
     return Ends(
         {name: (folder / "best.safetensors", folder / "last.safetensors") for name, folder in folders.items()}, epoch
     )
+
+
+def _resume_together(store: Store, work: _Work, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Load the state that was saved last in all processes, and return its record; the main one judges whether it is whole."""
+    record = ranks.tell(_resume(store, work, folder) if ranks.main else None)
+    if not ranks.main and "state" in record:
+        work.load_state(read_tensors(folder / record["state"]))
+    ranks.wait()  # before the main process replaces the state
+    return record
+
+
+def _check_count(record: dict[str, Any], phase: PhaseConfig, ranks: Ranks, folder: Path) -> None:
+    """Note how many processes share the batches; where that decides the result, another number cannot go on."""
+    before = record.get("processes", 1) if "state" in record else ranks.count
+    if before != ranks.count and phase.kind == "train" and phase.statistics != "sync":
+        raise UserError(
+            f"statistics: {phase.statistics}: this phase was begun by {before} process(es), each of which normalizes by its "
+            f"own images, and cannot be gone on with by {ranks.count}; use as many, or delete {folder}"
+        )
+    if ranks.count > 1:
+        record["processes"] = ranks.count
+
+
+def _nothing(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write nothing, as every process but the main one does."""
 
 
 def _resume(store: Store, work: _Work, folder: Path) -> dict[str, Any]:
@@ -203,8 +244,15 @@ class _Monitor:
     """Accuracies after an epoch on a fixed part of train and of validation, and the score that chooses the best."""
 
     def __init__(
-        self, recipe: Recipe, node: PhaseNode, train: Images, validation: Images, device: torch.device
+        self,
+        recipe: Recipe,
+        node: PhaseNode,
+        train: Images,
+        validation: Images,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         config = recipe.evaluate.monitor
         self.attack = build_attack(config.attack, recipe.threat)
         self.select, self.switch = node.select, policy_of([node])
@@ -223,7 +271,9 @@ class _Monitor:
             if images is None:
                 values |= {f"{name}_clean": None, f"{name}_robust": None}
                 continue
-            verdicts = worst_case(forward, images.images, images.labels, {"monitor": self.attack}, self.batch_size)
+            verdicts = worst_case(
+                forward, images.images, images.labels, {"monitor": self.attack}, self.batch_size, ranks=self.ranks
+            )
             values[f"{name}_clean"] = float(verdicts["clean"].double().mean())
             values[f"{name}_robust"] = float(verdicts["robust"].double().mean())
         return values

@@ -4,6 +4,7 @@ from robustlayers.training.ascent import Ascent, parse_ascent, perturbation, per
 from robustlayers.training.ascent_rules import ASCENTS
 from robustlayers.training.averaging import AVERAGES, Average, AverageSettings
 from robustlayers.training.clipping import clip_gradients
+from robustlayers.training.distributed import STATISTICS, Shards
 from robustlayers.training.ledger import GroupChange, check_promises, compare, snapshot
 from robustlayers.training.mixing import interpolate, swap
 from robustlayers.training.multirate import Multirate, due
@@ -24,7 +25,8 @@ from robustlayers.training.rates import apply_rates, average_norms, relative_gra
 from robustlayers.training.schedules import SCHEDULES, Schedule
 from robustlayers.training.starts import STARTS, concerned, copy_entries, start_group
 from robustlayers.training.step import Gradients, PartialStep, StepLog, Turn
-from robustlayers.training.trainer import Diverged, EpochLog, PhaseTrainer
+from robustlayers.training.tally import EpochLog
+from robustlayers.training.trainer import Diverged, PhaseTrainer
 from robustlayers.training.update import Update
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "RATES",
     "SCHEDULES",
     "STARTS",
+    "STATISTICS",
     "Ascent",
     "Average",
     "AverageSettings",
@@ -54,6 +57,7 @@ __all__ = [
     "PhaseTrainer",
     "Program",
     "Schedule",
+    "Shards",
     "Signal",
     "StepLog",
     "Turn",

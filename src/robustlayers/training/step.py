@@ -34,11 +34,16 @@ from robustlayers.selection.partition import Partition
 from robustlayers.training.ascent import Ascent, bind, climb, parse_ascent, perturbed, stationary
 from robustlayers.training.binding import Binding, Shares
 from robustlayers.training.objectives import Signal, parse_signal
+from robustlayers.training.precision import PRECISIONS as UPDATES
+from robustlayers.training.precision import Layout, computing
 
 __all__ = ["WHOLE", "Attack", "Gradients", "PartialStep", "StepLog", "Turn", "scaled"]
 
 Attack = Callable[..., Tensor]
 """`attack(forward, x, y, *, generator) -> x_adv`"""
+
+Average = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
+"""`average(gradients by name, all tensors that may have one) -> gradients by name`"""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,10 @@ class PartialStep:
         ascent: perturbs weights before the gradient is taken: every perturbed tensor climbs the loss that it descends, a
             frozen one the sum of all; the passes at the perturbed weights have the norm policy `ascent`.
         crafting: precision of our attacks' forward, `fp32`, `bf16` or `auto`; see `crafting_forward`.
+        precision: of the forwards that are learned from, `fp32` or `bf16`: then under autocast, with norm layers, losses,
+            parameters and their gradients in float32.
+        average: of gradients over processes that share the batch, such as `Shards`: called with those of this process and
+            with all tensors that may have one, before the optimizer's step and in each step of an ascent.
         seed: of the attack's own random stream, one draw per step, unless `generator` is given to the call.
 
     Raises:
@@ -126,11 +135,14 @@ class PartialStep:
         policy: NormPolicy | str | None = None,
         ascent: Ascent | str | Mapping[str, Any] | None = None,
         crafting: str = "fp32",
+        precision: str = "fp32",
+        average: Average | None = None,
         seed: int = 0,
     ) -> None:
         if partition.model is not model:
             raise UserError("the partition was bound to another model")
         self.model, self.partition, self.optimizer, self.attack = model, partition, optimizer, attack
+        self.average = average
         self.policy = habit(policy) if isinstance(policy, str) else policy or NormPolicy()
         self._snapshot = statistics_of(norm_layers(model).values()) if _freezes(self.policy) else {}
         self._draws = any(isinstance(module, RandomNorm) for module in model.modules())
@@ -139,7 +151,10 @@ class PartialStep:
         self.reached: set[str] = set()  # tensors that got a gradient in any step
         if crafting not in PRECISIONS:
             raise UserError(one_of("crafting", crafting, PRECISIONS))
-        self.crafting = crafting
+        if precision not in UPDATES:
+            raise UserError(one_of("precision", precision, UPDATES))
+        self.crafting, self.precision = crafting, precision
+        self._layout = Layout(model)
         self._folded: CraftingForward | None = None
         self._choice: Choice | None = None
         self.signals = _signals(partition, signals)
@@ -380,7 +395,13 @@ class PartialStep:
                     if mask is not None:
                         part = part * mask
                     gradients[name] = gradients[name] + part if name in gradients else part
-        return {name: gradient.detach() for name, gradient in gradients.items()}
+        detached = {name: gradient.detach() for name, gradient in gradients.items()}
+        if self.average is None:
+            return detached
+        averaged = self.average(detached, {name: self._tensors[name] for parts in shares.values() for name in parts})
+        if shares is binding.shares:
+            self.reached.update(averaged)
+        return averaged
 
     def _craft(
         self, x: Tensor, y: Tensor, generator: torch.Generator | None, eps: float, binding: Binding, log: StepLog
@@ -441,8 +462,12 @@ class PartialStep:
         if name not in binding.extra:
             return
         settings = binding.settings[name]
-        with normalizing(self.model, settings, training=True, frozen=self._snapshot), torch.no_grad():
-            logits = self.model(x)
+        with (
+            normalizing(self.model, settings, training=True, frozen=self._snapshot),
+            computing(self.model, self.precision, x.device),
+            torch.no_grad(),
+        ):
+            logits = self.model(self._layout(x))
         log.forward_passes += 1
         if name == "log":
             log.correct["log"] = (logits.argmax(1) == y).sum()
@@ -469,13 +494,15 @@ class PartialStep:
         settings, moving = (
             (binding.ascent_settings, binding.ascent_moving) if ascending else (binding.settings, binding.moving)
         )
-        with normalizing(self.model, settings[name], training=True, moving=moving[name], frozen=self._snapshot):
-            if len(inputs) == 1:
-                ((kind, x),) = inputs.items()
-                logits = {kind: self.model(x)}
-            else:
-                both = self.model(torch.cat(list(inputs.values())))
-                logits = dict(zip(inputs, both.chunk(len(inputs)), strict=True))
+        x = self._layout(torch.cat(list(inputs.values())) if len(inputs) > 1 else next(iter(inputs.values())))
+        with (
+            normalizing(self.model, settings[name], training=True, moving=moving[name], frozen=self._snapshot),
+            computing(self.model, self.precision, x.device),
+        ):
+            all_logits = self.model(x)
+        if all_logits.dtype == torch.bfloat16:
+            all_logits = all_logits.float()
+        logits = dict(zip(inputs, all_logits.chunk(len(inputs)), strict=True))
         log.forward_passes += len(inputs)
         if not ascending:
             for kind, values in logits.items():

@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 
 from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream, stream_seed
+from robustlayers.core.ranks import ALONE, Ranks
 from robustlayers.data import Augment, Images, batch_sizes, batches
 from robustlayers.normalization.policy import NormPolicy
 from robustlayers.normalization.precision import Choice
@@ -35,12 +35,14 @@ from robustlayers.selection.inventory import is_norm
 from robustlayers.selection.partition import Partition
 from robustlayers.training.ascent import Ascent
 from robustlayers.training.averaging import Average, AverageSettings
+from robustlayers.training.distributed import Shards, check_shared
 from robustlayers.training.ledger import GroupChange, check_promises, compare, snapshot
 from robustlayers.training.optimizers import OptimizerSettings
 from robustlayers.training.program import Perturbation, Program, Window
 from robustlayers.training.rates import apply_rates, average_norms, relative_gradient_norms
 from robustlayers.training.schedules import Schedule
 from robustlayers.training.step import Attack, PartialStep, StepLog, Turn
+from robustlayers.training.tally import EpochLog, Tally
 from robustlayers.training.update import Update
 
 __all__ = ["Diverged", "EpochLog", "PhaseTrainer"]
@@ -51,17 +53,6 @@ Progress = Callable[[int, int], None]
 
 class Diverged(Exception):
     """The loss or a tensor stopped being finite; the text says which and at which step."""
-
-
-@dataclass(frozen=True)
-class EpochLog:
-    """What one epoch cost and saw."""
-
-    epoch: int  # from 1, over all phases
-    loss: float  # mean over images of the sum of all objectives
-    seconds: float
-    forward_passes: int  # of single images
-    backward_passes: int
 
 
 class PhaseTrainer:
@@ -82,7 +73,10 @@ class PhaseTrainer:
         perturbation: schedule of the attack's eps.
         ascent: see `PartialStep`.
         crafting: precision of crafting; what `auto` chose is part of the state.
+        precision: of the forwards that are learned from.
         average: of the weights, beside the training: `result()` is then the averaged model.
+        ranks: processes that share the batches, each with a trainer like this one; what they know is always the same.
+        statistics: of batch norm where there are several, see `Shards`.
 
     Raises:
         UserError: see `Partition`, `PartialStep`, `build_optimizer`, `check_windows`.
@@ -108,9 +102,12 @@ class PhaseTrainer:
         ascent: Ascent | str | Mapping[str, Any] | None = None,
         average: AverageSettings | None = None,
         crafting: str = "fp32",
+        precision: str = "fp32",
         seed: int = 0,
         first_epoch: int = 0,
         device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
+        statistics: str = "sync",
     ) -> None:
         self.model, self.images, self.batch_size, self.device = model, images, batch_size, torch.device(device)
         self.first_epoch, self.seed = first_epoch, seed
@@ -130,7 +127,12 @@ class PhaseTrainer:
             policy=policy,
             ascent=ascent,
             crafting=crafting,
+            precision=precision,
         )
+        self.shards = Shards(model, statistics, ranks=ranks, moving=self._learning_buffers())
+        if self.shards.several:
+            self.step.average = self.shards
+            check_shared(self.step, statistics)
         settings = optimizer or OptimizerSettings()
         self.update = Update(self.partition, self.step.signals, settings, schedule or Schedule(), self.steps)
         self.step.optimizer = self.update  # pyright: ignore[reportAttributeAccessIssue]
@@ -148,8 +150,9 @@ class PhaseTrainer:
         self.start = snapshot(model)
         self.done = 0  # whole epochs
         self.within = 0  # steps of the epoch that is under way
-        self._tally = _Tally()
+        self._tally = Tally()
         self._seconds = 0.0
+        self._agreed = False  # with other processes, on the precision of crafting
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -193,9 +196,11 @@ class PhaseTrainer:
             index, place = self.within, self.place
             turn = self.program.turn(place)
             self.update.begin(place, turn.learning)
-            with self._own_draws(epoch, index):
-                generator = stream(self.seed, "attack", epoch, index, device=self.device)
-                log = self.step(x, y, generator=generator, turn=turn)
+            with self._own_draws(epoch, index), self.shards.together():
+                generator = self.shards.draws(stream(self.seed, "attack", epoch, index, device=self.device))
+                log = self.shards.whole(self.step(x, y, generator=generator, turn=turn))
+            self.shards.exchange()
+            self._agree()
             self._tally.add(log, self.program.learned(place))
             self.within += 1
             if self.average is not None:
@@ -221,12 +226,14 @@ class PhaseTrainer:
         tally = self._tally
         seconds = self._seconds + time.perf_counter() - began
         log = EpochLog(epoch + 1, tally.loss / max(1, tally.images), seconds, tally.forward, tally.backward)
-        self._tally = _Tally(learned=tally.learned)
+        self._tally = Tally(learned=tally.learned)
         self._seconds = 0.0
         self.done, self.within = self.done + 1, 0
         return log
 
-    def _batches(self, epoch: int, start: int, stop: int, *, augment: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(
+        self, epoch: int, start: int, stop: int, *, augment: bool = True, shared: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         loader = batches(
             self.images,
             self.batch_size,
@@ -235,6 +242,7 @@ class PhaseTrainer:
             augment=self.augment if augment else None,
             device=self.device,
             start=start,
+            part=self.shards.rows if self.shards.several and shared else None,
         )
         return itertools.islice(loader, stop - start)
 
@@ -247,9 +255,10 @@ class PhaseTrainer:
         buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
         measured = []
         for index, (x, y) in enumerate(self._batches(epoch, 0, min(settings.rates_batches, self.batches))):
-            with self._own_draws(epoch, index):
-                generator = stream(self.seed, "rates", epoch, index, device=self.device)
+            with self._own_draws(epoch, index), self.shards.together():
+                generator = self.shards.draws(stream(self.seed, "rates", epoch, index, device=self.device))
                 found = self.step.gradients(x, y, generator=generator, turn=turn)
+                self.shards.whole(found.log)
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
@@ -274,7 +283,7 @@ class PhaseTrainer:
             return stream(self.seed, "recalibration", epoch, index, device=self.device)
 
         average.recalibrate(
-            self._batches(epoch, 0, self.batches, augment=False),
+            self._batches(epoch, 0, self.batches, augment=False, shared=False),  # by every process for itself
             attack=attack,
             generator_of=None if attack is None else generator_of,
         )
@@ -304,14 +313,24 @@ class PhaseTrainer:
                     backward += sum(self.sizes) * getattr(attack, "backward_passes", 0)
         return forward, backward
 
+    def _agree(self) -> None:
+        """Let all processes craft as the first one chose to, once that was done."""
+        if self._agreed or not self.shards.several or self.step.choice is None:
+            return
+        own = self.step.choice.plain_data()
+        told = self.shards.ranks.tell(own)
+        if told != own:
+            self.step.choice = Choice.of(told)
+        self._agreed = True
+
+    def _learning_buffers(self) -> list[str]:
+        entries, signals = self.partition.inventory.entries, self.step.signals
+        groups = [selection for group, selection in self.partition.groups.items() if signals[group]]
+        return [name for selection in groups for name in selection if entries[name].buffer]
+
     def _learning_statistics(self) -> list[str]:
         entries = self.partition.inventory.entries
-        return [
-            name
-            for group, selection in self.partition.groups.items()
-            for name in selection
-            if self.step.signals[group] and entries[name].buffer and any(map(is_norm, entries[name].owners))
-        ]
+        return [name for name in self._learning_buffers() if any(map(is_norm, entries[name].owners))]
 
     @contextmanager
     def result(self) -> Iterator[nn.Module]:
@@ -327,7 +346,8 @@ class PhaseTrainer:
         """Give layers that draw from torch's global state, such as dropout, draws of this very step; restore it after."""
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            seed = stream_seed(self.seed, "model", epoch, index)
+            own = (self.shards.ranks.index,) if self.shards.several else ()
+            seed = stream_seed(self.seed, "model", epoch, index, *own)
             torch.default_generator.manual_seed(seed)
             for device in cuda:
                 with torch.cuda.device(device):
@@ -373,7 +393,7 @@ class PhaseTrainer:
         self.done, self.within = (int(value) for value in tensors["place"])
         loss, images, forward, backward = tensors["tally"].tolist()
         learned = {group: int(count) for group, count in under("learned/").items()}
-        self._tally = _Tally(loss, int(images), int(forward), int(backward), learned)
+        self._tally = Tally(loss, int(images), int(forward), int(backward), learned)
 
     def ledger(self) -> list[GroupChange]:
         """Return what moved since the phase began, in the model that it hands on."""
@@ -398,21 +418,3 @@ class PhaseTrainer:
         if self.done or self.within:
             check_promises(ledger)
         return ledger
-
-
-@dataclass
-class _Tally:
-    """What was seen and spent so far: of the epoch under way, and `learned` of the whole phase."""
-
-    loss: float = 0.0
-    images: int = 0
-    forward: int = 0
-    backward: int = 0
-    learned: dict[str, int] = field(default_factory=dict)  # group -> backward passes that its gradient was taken from
-
-    def add(self, log: StepLog, learned: Mapping[str, int], *, images: bool = True) -> None:
-        self.images += log.size if images else 0
-        self.forward += log.forward_passes * log.size
-        self.backward += log.backward_passes * log.size
-        for group, count in learned.items():
-            self.learned[group] = self.learned.get(group, 0) + count * log.size

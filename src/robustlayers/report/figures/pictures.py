@@ -12,15 +12,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from robustlayers.analysis._sheets import picture, signed
 from robustlayers.core.quantities import pixels_text
 from robustlayers.report import style
 from robustlayers.report.figures import Drawing
 from robustlayers.study.summary import Pictures, Summary
 
 __all__ = ["Gallery", "Shot", "draw", "gallery", "perturbation", "png", "uri"]
-
-# Blue below zero, mid-gray at zero, orange above: told apart under every common color blindness, and in dark mode.
-_BELOW, _ZERO, _ABOVE = (np.array(end) / 255 for end in ((0, 78, 160), (148, 148, 148), (255, 176, 30)))
 
 
 @dataclass(frozen=True)
@@ -62,22 +60,12 @@ def perturbation(natural: np.ndarray, adversarial: np.ndarray, reach: float) -> 
     Mid-gray is no change and ±`reach` is full color. One channel: blue for darker, orange for brighter. Three channels:
     each is shown as 0.5 + 0.5 change / reach, so that the sign of every channel is kept.
     """
-    change = np.clip((adversarial.astype(float) - natural.astype(float)) / (reach or 1.0), -1, 1)
-    if change.shape[0] == 3:
-        return np.moveaxis(0.5 + 0.5 * change, 0, -1)
-    signed = change.mean(axis=0)[..., None]
-    return np.where(signed < 0, _ZERO + (_BELOW - _ZERO) * -signed, _ZERO + (_ABOVE - _ZERO) * signed)
+    return signed(adversarial.astype(float) - natural.astype(float), reach)
 
 
-def _picture(image: np.ndarray) -> np.ndarray:
-    """An image [channels, height, width] as [height, width, 3]; other channel counts than 3 are shown as their mean."""
-    image = image.astype(float)
-    return np.moveaxis(image if image.shape[0] == 3 else np.repeat(image.mean(axis=0, keepdims=True), 3, axis=0), 0, -1)
-
-
-def png(picture: np.ndarray) -> bytes:
+def png(shown: np.ndarray) -> bytes:
     """Return a picture [height, width, 3] in [0, 1] as PNG."""
-    levels = np.round(255 * np.clip(np.nan_to_num(picture, nan=0.5), 0, 1)).astype(np.uint8)
+    levels = np.round(255 * np.clip(np.nan_to_num(shown, nan=0.5), 0, 1)).astype(np.uint8)
     if (levels == levels[..., :1]).all():
         levels = levels[..., 0]
     stream = io.BytesIO()
@@ -98,7 +86,7 @@ def gallery(pictures: Pictures) -> Gallery:
         before, after = pictures.predicted_natural[arm], pictures.predicted_adversarial[arm]
         shots = [
             Shot(
-                image=uri(png(_picture(attacked[index]))),
+                image=uri(png(picture(attacked[index]))),
                 change=uri(png(perturbation(pictures.natural[index], attacked[index], reach))),
                 before=before[index],
                 before_right=before[index] == label,
@@ -111,7 +99,7 @@ def gallery(pictures: Pictures) -> Gallery:
     return Gallery(
         attack=pictures.attack,
         labels=list(pictures.labels),
-        natural=[uri(png(_picture(image))) for image in pictures.natural],
+        natural=[uri(png(picture(image))) for image in pictures.natural],
         arms=arms,
         reach=pixels_text(round(reach * 255, 2) / 255),
         amplification=0.5 / reach if reach else 1.0,
@@ -189,7 +177,7 @@ def _sheet(pictures: Pictures, shown: Gallery) -> bytes:
         for index, label in enumerate(pictures.labels):
             x = left + index * (side + gap)
             box = (x, x + side, tops[0] + side, tops[0])
-            axes.imshow(_picture(pictures.natural[index]), extent=box, interpolation="nearest")
+            axes.imshow(picture(pictures.natural[index]), extent=box, interpolation="nearest")
             axes.text(x + side / 2, tops[0] - 1, style.plain(label, 12), **small)
         for row, (arm, shots) in enumerate(shown.arms):
             upper, lower = tops[1 + 2 * row], tops[2 + 2 * row]
@@ -197,11 +185,11 @@ def _sheet(pictures: Pictures, shown: Gallery) -> bytes:
             axes.text(4, lower + side / 2, f"change × {shown.amplification:.1f}", **light)
             for index, shot in enumerate(shots):
                 x = left + index * (side + gap)
-                pair = (_picture(pictures.adversarial[arm][index]), upper), (
+                pair = (picture(pictures.adversarial[arm][index]), upper), (
                     perturbation(pictures.natural[index], pictures.adversarial[arm][index], reach), lower,
                 )  # fmt: skip
-                for picture, top in pair:
-                    axes.imshow(np.clip(picture, 0, 1), extent=(x, x + side, top + side, top), interpolation="nearest")
+                for seen, top in pair:
+                    axes.imshow(np.clip(seen, 0, 1), extent=(x, x + side, top + side, top), interpolation="nearest")
                 said = f"{'✓' if shot.after_right else '✗'} {shot.after}"
                 axes.text(x + side / 2, upper - 1, style.plain(said, 13), **(small if shot.after_right else wrong))
         axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")

@@ -1,0 +1,58 @@
+"""Tasks that several processes do together, one after another: the main one says which is next, the others follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from robustlayers.core.ranks import Ranks
+from robustlayers.study.local import Event, OnEvent, Queue, Task, perform
+
+__all__ = ["Ended", "follow", "lead"]
+
+
+class Ended(Exception):
+    """A process failed at a task that it did with others, so that all of them must end; the text says why, once."""
+
+
+def lead(tasks: list[Task], ranks: Ranks, *, shared: Callable[[Task], bool], threads: int, on_event: OnEvent) -> None:
+    """Do tasks in an order that respects their needs, those that are `shared` together with the others, which `follow`.
+
+    One that fails at a task of its own is `failed`, and the rest goes on. One that fails at a shared task raises `Ended`,
+    since the others are somewhere in the middle of it; of divergence all know, so that they go on.
+    """
+    queue = Queue(tasks)
+    with _threads(threads):
+        while task := queue.next():
+            on_event(Event(task.key, "started", {}))
+            if shared(task):
+                ranks.tell(task.key)
+            end = perform(task, on_event)
+            if end.kind == "failed" and shared(task):
+                if ranks.first():
+                    on_event(end)
+                raise Ended("")
+            queue.finish(task.key, end.kind == "done")
+            on_event(end)
+        ranks.tell("")
+
+
+def follow(tasks: Mapping[str, Task], ranks: Ranks, *, threads: int) -> None:
+    """Do what the main process says, until it says that nothing is left."""
+    with _threads(threads):
+        while key := ranks.tell():
+            end = perform(tasks[key], lambda event: None)
+            if end.kind == "failed":
+                raise Ended(f"{key}: {end.facts['reason']} (process {ranks.index} of {ranks.count})")
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
