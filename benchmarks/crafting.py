@@ -3,7 +3,9 @@
 All get the same model in evaluation mode, the same images, eps, step size and steps, keep one start, and stay in the same
 ball. Ours includes `refresh`, as in training, where weights change between two batches. Before the clock runs, each
 contender attacks once at an eps that about half of the images survive, and the survivors on the plain model must be
-equally many within sampling error. A second table tells how far the folded gradient is from the model's:
+equally many within sampling error. "Convolutions alone" are the same convolutions, forward and for the gradient of their
+input, without anything between them: what is left where all else costs nothing. A second table tells how far the folded
+gradient is from the model's:
 
     python benchmarks/crafting.py --threads 2 --write
 """
@@ -19,7 +21,7 @@ import measuring
 import peers
 import torch
 from measuring import Task
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import robustlayers as rl
@@ -28,10 +30,11 @@ from robustlayers.normalization.fold import CraftingForward
 EPS, STEP = 8 / 255, 2 / 255
 OURS = {
     "ours, fp32": {"precision": "fp32"},
-    "ours, fp32, channels-last": {"precision": "fp32", "channels_last": True},
+    "ours, fp32, not channels-last": {"precision": "fp32", "channels_last": False},
     "ours, bf16": {"precision": "bf16"},
     "ours, auto": {"precision": "auto"},
 }
+FLOORS = {torch.float32: "convolutions alone, fp32", torch.bfloat16: "convolutions alone, bf16"}
 WANTED = {  # the least that is promised, against the fastest peer
     ("ResNet-20", "fp32"): 1.8,
     ("ResNet-20", "auto"): 2.8,
@@ -81,10 +84,12 @@ def measure(
     crafts = contenders(task, forwards, EPS, STEP, steps)
     for name, craft in crafts.items():
         measuring.check(name, craft(task.x, task.y), task.x, EPS)
-    timed = {name: partial(craft, task.x, task.y) for name, craft in crafts.items()}
+    timed: dict[str, Callable[[], object]] = {n: partial(craft, task.x, task.y) for n, craft in crafts.items()}
+    for dtype, name in FLOORS.items():
+        timed[name] = convolutions(task, dtype, steps)
     spent = measuring.interleaved(timed, rounds, clock, device)
     middle = {name: measuring.spread(seconds).median for name, seconds in spent.items()}
-    theirs = [name for name in spent if name not in OURS]
+    theirs = [name for name in spent if name not in OURS and name not in FLOORS.values()]
     fastest = min(theirs, key=lambda name: middle[name]) if theirs else None
     rows = []
     for name, seconds in spent.items():
@@ -99,10 +104,41 @@ def measure(
                 f"{len(task.y) / middle[name]:.0f}",
                 "" if ratio is None else ratio.text(),
                 "" if least is None else f"{least} {'met' if ratio and ratio.median >= least else 'not met'}",
-                f"{left[name]} at eps {255 * eps:.2g}/255",
+                f"{left[name]} at eps {255 * eps:.2g}/255" if name in left else "",
             ]
         )
     return rows
+
+
+def convolutions(task: Task, dtype: torch.dtype, steps: int) -> Callable[[], object]:
+    """Return what makes every convolution of the network as often as PGD does, channels-last, and nothing else."""
+    found: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        found.append((module, args[0], out))
+
+    hooks = [module.register_forward_hook(note) for module in task.model.modules() if isinstance(module, nn.Conv2d)]
+    with torch.no_grad():
+        task.model(task.x)
+    for hook in hooks:
+        hook.remove()
+
+    def laid(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+
+    made = [(module, laid(x), laid(module.weight), laid(out)) for module, x, out in found]
+
+    def run() -> None:
+        for _ in range(steps):
+            for module, x, weight, gradient in made:
+                stride, padding, dilation, groups = module.stride, module.padding, module.dilation, module.groups
+                functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+                torch.ops.aten.convolution_backward(
+                    gradient, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+                )
+
+    return run
 
 
 def gradient_error(task: Task) -> list[object]:

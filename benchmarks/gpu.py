@@ -103,15 +103,16 @@ def steps_of(model: nn.Module, steps: int) -> dict[str, Callable[[Tensor, Tensor
         own = copy.deepcopy(model)
         run = partial(loop, own, _sgd(own), eps=EPS, step_size=STEP, steps=steps)
         found[name] = lambda x, y, run=run: run(x, y)
-    for crafting in ("fp32", "bf16"):
-        own = copy.deepcopy(model).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        found[f"ours, {crafting} crafting"] = rl.PartialStep(
+    for precision in ("fp32", "bf16"):
+        own = copy.deepcopy(model)
+        found[f"ours, {precision}"] = rl.PartialStep(
             own,
             rl.Partition(own, {"all": "all"}),
             {"all": "adversarial"},
             optimizer=_sgd(own),
             attack=rl.PGD(rl.Linf(EPS), steps=steps, step_size=STEP, keep="last"),
-            crafting=crafting,
+            crafting=precision,
+            precision=precision,
         )
     return found
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from robustlayers.analysis.perturb import craft, noise_like
+from robustlayers.analysis.perturb import as_bytes, craft, noise_like
 from robustlayers.attacks import PGD, Linf
 from robustlayers.core.errors import UserError
 
@@ -100,3 +100,35 @@ def test_an_attack_that_leaves_its_threat_is_refused(net, batch):
     with pytest.raises(UserError, match="wild: the attack left the ball"):
         craft(model, x, y, Wild(), generator=generator())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_bytes_are_what_an_image_file_holds_and_a_cast_is_numpys():
+    x = torch.rand(4, 3, 8, 8, generator=generator())
+    rounded, cast = as_bytes(x), as_bytes(x, "cast")
+    assert torch.equal((255 * rounded).round().byte(), (255 * x).round().byte()) and rounded.dtype == x.dtype
+    assert torch.equal((255 * cast).round().byte(), torch.from_numpy((255 * x.numpy()).astype("uint8")))
+    assert float((rounded - x).abs().max()) <= 0.5 / 255 + 1e-6
+    assert bool((cast <= x + 1e-6).all()) and float((x - cast).max()) > 0.9 / 255
+
+
+@pytest.mark.parametrize("how", ["round", "cast"])
+def test_an_image_of_bytes_keeps_every_value(how):
+    whole = torch.arange(256, dtype=torch.uint8)
+    x = whole.float().div_(255)
+    assert torch.equal((255 * as_bytes(x, how)).round().byte(), whole)
+    assert torch.equal(as_bytes(as_bytes(x, how), how), as_bytes(x, how))
+
+
+def test_a_cast_wraps_around_what_left_the_box_and_rounding_clips_it():
+    x = torch.tensor([-0.5, -1.2, 255.6, 256.0, 300.7], dtype=torch.float64) / 255
+    assert (255 * as_bytes(x, "cast")).round().tolist() == [0, 255, 255, 0, 44]
+    assert (255 * as_bytes(x)).round().tolist() == [0, 0, 255, 255, 255]
+
+
+def test_mistakes_about_bytes_are_said():
+    with pytest.raises(UserError, match="unknown way to make bytes 'cut'"):
+        as_bytes(torch.rand(2), "cut")
+    with pytest.raises(UserError, match="only finite floats"):
+        as_bytes(torch.tensor([float("nan")]))
+    with pytest.raises(UserError, match=r"got torch\.uint8"):
+        as_bytes(torch.zeros(2, dtype=torch.uint8))

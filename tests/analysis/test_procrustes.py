@@ -99,6 +99,32 @@ def test_pooling_lets_few_samples_say_something(net, batch):
     assert np.array_equal(again.baseline, whole.baseline)
 
 
+def test_pooled_features_are_compared_over_all_samples_at_once_and_every_pair_is_that_of_the_two_alone(net, batch):
+    model, (x, _) = net("small-cnn", torch.float64), batch(22, dtype=torch.float64)
+    other = net("small-cnn", torch.float64)
+    with torch.no_grad():
+        other.layer1[0].conv1.weight.mul_(torch.rand(3, 1, 1, 1, generator=generator(), dtype=torch.float64))
+    found = procrustes(model, x, other, pool=True, batch_size=22)
+    for size in (5, 11):
+        assert np.allclose(procrustes(model, x, other, pool=True, batch_size=size).values, found.values, atol=1e-8)
+    (mine,), (theirs,) = (activations(each, x, pool=True) for each in (model, other))
+    for i, (name, one) in enumerate(mine.items()):
+        for j, (other_name, two) in enumerate(theirs.items()):
+            expected = float(torch.linalg.matrix_norm(unit(one).T @ unit(two), "nuc"))
+            assert found.values[i, j] == pytest.approx(min(1, expected), abs=1e-8)
+            pair = procrustes(model, x, other, layers=[name], other_layers=[other_name], pool=True)
+            assert pair.values[0, 0] == pytest.approx(found.values[i, j], abs=1e-12)
+    assert found.batch_size == 22
+
+
+def test_more_pooled_features_than_samples_give_the_same_as_the_features_themselves():
+    a, b, x = normal(40, 60, seed=1), normal(50, 60, seed=2), normal(12, 60, seed=3)
+    expected = float(torch.linalg.matrix_norm(unit(x @ a.T).T @ unit(x @ b.T), "nuc"))
+    assert procrustes(linear(a), x, linear(b), pool=True).values[0, 0] == pytest.approx(expected, abs=1e-10)
+    constant = procrustes(linear(torch.zeros(2, 60).double()), x, linear(b), pool=True)
+    assert np.isnan(constant.values).all()
+
+
 def test_features_in_single_precision_are_enough_and_threads_are_put_back(net, batch):
     x, _ = batch(40)
     threads = torch.get_num_threads()

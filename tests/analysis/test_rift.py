@@ -1,5 +1,6 @@
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,13 @@ def test_rows_are_plain_and_the_plot_marks_the_choice(worse):
 
 def test_the_line_is_measured_on_other_images_that_choose_nothing(worse):
     model, train, x, y = worse
-    options = {"epochs": 2, "optimizer": FAST, "alphas": [0.5, 1], "tolerance": 1, "train_batch_size": 20}
+    options: dict[str, Any] = {
+        "epochs": 2,
+        "optimizer": FAST,
+        "alphas": [0.5, 1],
+        "tolerance": 1,
+        "train_batch_size": 20,
+    }
     seen = []
     found = rift(
         model, "linear", train, x[:20], y[:20], ATTACK, **options, measure_on=(x[20:], y[20:]),

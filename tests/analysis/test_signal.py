@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from robustlayers.analysis._axes import round_ticks
 from robustlayers.analysis.activations import activations
-from robustlayers.analysis.signal import NORMS, _ticks, signal_ratio
+from robustlayers.analysis.signal import NORMS, ChannelSpread, SignalExcess, signal_ratio
 from robustlayers.core.errors import UserError
 
 
@@ -142,5 +143,36 @@ def test_the_plot_has_a_ridge_for_each_layer_and_perturbation(net, batch):
 
 @pytest.mark.parametrize(("low", "high"), [(0.001, 20), (0.08, 0.11), (0.03, 0.2), (0.5, 5)])
 def test_ticks_are_few_and_round(low, high):
-    ticks = _ticks(low, high)
+    ticks = round_ticks(low, high)
     assert 3 <= len(ticks) <= 6 and all(low <= tick <= high and len(f"{tick:g}") <= 5 for tick in ticks)
+
+
+def test_the_excess_is_the_ratio_of_medians_and_one_for_the_same_perturbation():
+    a, x = rand(5, 4, seed=1) - 0.5, 0.2 + 0.6 * rand(31, 4)
+    d = 0.05 * (rand(31, 4, seed=2) - 0.5)
+    found = signal_ratio(linear(a), x, {"one": x + d, "three": x + 3 * d})
+    for norm in NORMS:
+        assert np.allclose(found.over("three", "one", norm), 3, rtol=1e-8)
+        assert np.allclose(found.over("one", "one", norm), 1)
+    values = {"l2": found.over("three", "one"), "l2, cast": np.array([0.0])}
+    axes = SignalExcess(found.layers, values).plot()
+    solid, dashed = (line for line in axes.lines if line.get_label() in values)
+    assert solid.get_color() == dashed.get_color() and (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+    assert axes.get_ylim()[0] <= 1 <= axes.get_ylim()[1]
+    assert SignalExcess(found.layers, {"l2": np.array([np.nan])}).plot() is not None
+
+
+def test_a_channel_that_carries_the_perturbation_is_at_the_end_of_the_spread():
+    """Planted: of five channels one hands on ten times as much."""
+    weight = torch.eye(5, dtype=torch.float64)
+    layer = linear(weight)
+    x = torch.full((6, 5), 0.5, dtype=torch.float64)
+    moved = x + torch.tensor([0.01, 0.01, 0.01, 0.01, 0.1], dtype=torch.float64)
+    found = signal_ratio(layer, x, {"d": moved})
+    assert np.allclose(found.spread("d")[0], [0.02, 0.02, 0.02, 0.02, 0.2])
+    assert np.allclose(found.spread("d", "linf", (0.0, 1.0))[0], [0.02, 0.2])
+    axes = ChannelSpread(found.layers, {"d": found.spread("d")}).plot()
+    (dots,) = (line for line in axes.lines if line.get_label() == "d")
+    assert np.allclose(dots.get_xdata(), [0.02])
+    with pytest.raises(UserError, match="unknown perturbation 'e'"):
+        found.spread("e")

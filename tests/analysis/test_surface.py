@@ -83,3 +83,12 @@ def test_the_plot_is_in_pixel_units(net, batch):
     assert np.array_equal(axes.images[0].get_array(), found.losses)
     assert axes.images[0].get_extent() == pytest.approx([-20, 20, -20, 20])  # half a step beyond the last point
     assert "(1/255)" in axes.get_xlabel() and "nats" in axes.figure.axes[1].get_ylabel()
+
+
+def test_surfaces_can_share_a_scale_and_show_what_is_allowed(net, batch):
+    x, y = batch(1)
+    found = loss_surface(net("small-cnn"), x, y, reach="16/255", points=5, generator=generator())
+    axes = found.plot(highest=7.5, eps=8 / 255)
+    assert axes.images[0].get_clim() == (0, 7.5)
+    (ball,) = (points for points in (np.asarray(line.get_xydata()) for line in axes.lines) if len(points) == 5)
+    assert np.allclose(np.abs(ball).sum(1), 8)

@@ -13,6 +13,7 @@ from torch import nn
 
 from robustlayers.attacks import (
     APGD,
+    FAB,
     FGSM,
     L1,
     L2,
@@ -64,6 +65,9 @@ ATTACKS = [
     APGD(L1(4), steps=8),
     APGD(L1(4), steps=8, loss="dlr", early_exit=True),
     TargetedAPGD(L1(4), steps=3, targets=2),
+    FAB(Linf(0.1), steps=4, targets=2),
+    FAB(L2(0.5), steps=3, targets=9),
+    FAB(L1(4), steps=3, targets=1),
     Square(Linf(0.1), queries=15),
     Square(L2(0.5), queries=15, loss="ce"),
     Noise(L1(4), draws=3),
@@ -75,7 +79,9 @@ ATTACKS = [
 ]
 every_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.describe())
 DETERMINISTIC = [
-    attack for attack in ATTACKS if isinstance(attack, FGSM | MIM) or getattr(attack, "random_start", True) is False
+    attack
+    for attack in ATTACKS
+    if isinstance(attack, FAB | FGSM | MIM) or getattr(attack, "random_start", True) is False
 ]
 
 
@@ -156,7 +162,7 @@ def test_the_cost_is_what_the_attack_says(trained, attack):
         Passes.seen = {"forward": 0, "backward": 0}
         attack(forward, x, label)
         most = {"forward": attack.forward_passes * len(x), "backward": attack.backward_passes * len(x)}
-        if forward is stubborn and not isinstance(attack, TargetedAPGD):
+        if forward is stubborn and not isinstance(attack, TargetedAPGD | FAB):
             assert Passes.seen == most
         else:
             assert all(Passes.seen[kind] <= most[kind] for kind in most)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -13,20 +10,12 @@ from torch import nn
 
 from robustlayers.attacks import L1, L2, PGD, Linf
 from robustlayers.core.errors import UserError
-from robustlayers.evaluation.autoattack import HINT, autoattack, autoattack_label, standard
+from robustlayers.evaluation.autoattack import autoattack, autoattack_label, standard
 from robustlayers.evaluation.cascade import cascade
 
 QUICK: dict[str, Any] = {"steps": 8, "targets": 2, "queries": 60}
-installed = importlib.util.find_spec("pyautoattack") is not None
 
 
-@pytest.fixture
-def _with_fab(monkeypatch):
-    """Build the attacks as where pyautoattack is installed; they are not run."""
-    monkeypatch.setattr(import_module("robustlayers.evaluation.autoattack"), "find_spec", lambda name: name)
-
-
-@pytest.mark.usefixtures("_with_fab")
 def test_the_standard_is_that_of_the_paper():
     attacks, notes = standard(Linf("8/255"))
     assert notes == ()
@@ -38,7 +27,6 @@ def test_the_standard_is_that_of_the_paper():
     }
 
 
-@pytest.mark.usefixtures("_with_fab")
 def test_the_label_has_to_be_earned():
     threat = L2(0.5)
     assert autoattack_label(standard(threat)[0], 10000, whole=True) == "AutoAttack"
@@ -54,15 +42,6 @@ def test_the_label_has_to_be_earned():
     assert autoattack_label(standard(threat, 3)[0], 50, whole=True).startswith("APGD-CE+apgd-t-margin+")
 
 
-def test_without_pyautoattack_fab_is_left_out_and_says_so(trained, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    model, x, y = trained
-    found = autoattack(model, x[:20], y[:20], threat=Linf(0.1), **QUICK, whole=True)
-    assert [turn.attack for turn in found.table] == ["apgd-ce-8", "apgd-t-8", "square-60"]
-    assert found.label == "apgd-ce-8+apgd-t-8 (2 targets)+square-60, n=20"
-    assert found.notes == (HINT,) and HINT in str(found)
-
-
 def test_what_a_norm_lacks_is_said(trained):
     model, x, y = trained
     found = autoattack(model, x[:8], y[:8], threat=L1(1.5), **QUICK)
@@ -76,7 +55,7 @@ def test_it_leaves_no_more_than_pgd(trained, threat):
     pgd = cascade(model, x, y, {"pgd-20x2": PGD(threat, steps=20, restarts=2)})
     assert found.robust.sum() <= pgd.robust.sum()
     assert (found.table[0].attacked, found.table[-1].robust) == (115, int(found.robust.sum()))
-    assert ("fab-t-15" in found.label) == installed
+    assert "fab-t-15" in found.label
     with torch.no_grad():
         assert torch.equal(model(found.x_adv).argmax(1) == y, found.robust)
 

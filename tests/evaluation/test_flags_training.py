@@ -1,6 +1,7 @@
 """Flags for catastrophic overfitting: of a net that is overfitted by construction, and of learning curves."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from robustlayers.attacks import Linf
 from robustlayers.core.errors import UserError
-from robustlayers.evaluation import flags, meaning, sanity
+from robustlayers.evaluation import MEANINGS, flags, meaning, sanity
 from robustlayers.evaluation.flags import attack_strength, collapse
 
 THREAT = Linf(0.25)
@@ -97,3 +98,10 @@ def test_a_fall_of_few_images_is_chance():
         collapse([1], [0.5, 0.5], [0.1, 0.0], 10)
     with pytest.raises(UserError):
         meaning("collapsed: no such flag")
+
+
+def test_every_flag_stands_in_the_document_with_what_it_means():
+    text = (Path(__file__).parents[2] / "docs" / "rows.md").read_text()
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line.count(" | ") == 2]
+    documented = {line[0].removeprefix("| "): line[2].removesuffix(" |") for line in lines}
+    assert MEANINGS.items() <= documented.items()

@@ -191,14 +191,14 @@ def test_other_weights_of_the_same_phase_are_another_result(store: Store) -> Non
 
 
 def test_earlier_states_count_for_what_uses_them(store: Store) -> None:
-    asked = Asked(what=["criticality", "norms", "cka"], arms=["norm"], images=12)
+    asked = Asked(what=["criticality", "norms", "cka", "signal"], arms=["norm"], images=12)
     before = {job.analysis.name: job.identity for job in plan_analyses(store, asked).left}
     node = next(one["nodes"][0] for one in read_json(store.plan)["arms"] if one["name"] == "norm")
     path = store.phase(node, 0) / "last.safetensors"
     write_tensors(path, {name: tensor + 1 for name, tensor in read_tensors(path).items()})
     store.finish(path.parent)
     after = {job.analysis.name: job.identity for job in plan_analyses(store, asked).left}
-    assert {name for name in before if before[name] != after[name]} == {"criticality", "norms"}
+    assert {name for name in before if before[name] != after[name]} == {"cka", "criticality", "norms"}
 
 
 def test_settings_that_an_analysis_does_not_use_do_not_repeat_it(store: Store) -> None:

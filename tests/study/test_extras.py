@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from robustlayers.evaluation import CORRUPTIONS, autoattack, corruption_accuracy
 from robustlayers.evaluation.autoattack import standard
 from robustlayers.report import write
 from robustlayers.study import measure
-from robustlayers.study.collect import collect, collect_rows
+from robustlayers.study.collect import _flags, collect, collect_rows
 from robustlayers.study.definition import load_study
 from robustlayers.study.extras import families_of
 from robustlayers.study.plan import make_plan
@@ -206,6 +207,24 @@ def test_a_run_that_collapsed_is_told_where_it_trained_for_robustness(
         assert ("collapse: robust accuracy fell from 40.0 % after epoch 1 to 0.0 % after epoch 2" in flags) == expected
 
 
+def test_a_flag_that_many_nets_raise_is_one_note(summary_row: Callable[..., Row]) -> None:
+    rows = [
+        summary_row(run=run, seed=seed, flags=f"single step: {seed} of 100 images; black box: same for all")
+        for run in ("a", "b")
+        for seed in (3, 4)
+    ]
+    black, single = _flags([*rows, summary_row(run="c", seed=0, flags="odd: of an earlier version")])[0::2]
+    assert black.startswith("Flag raised: black box: same for all. A search without gradients")
+    assert single.startswith(
+        "Flag raised: single step: 3 of 100 images (one of 4 nets that raise it). Accuracy under one"
+    )
+
+
+@pytest.fixture
+def summary_row() -> Callable[..., Row]:
+    return partial(Row, study="s", arm="a", levels={}, checkpoint="best", metric="clean", value=0.5)
+
+
 def _run(tmp_path: Path, more: str = "", attacks: str = "pgd-2", images: str = "40") -> tuple[str, str, float]:
     text = STUDY.replace("ATTACKS", attacks).replace("MORE", more).replace("test_images: 40", f"test_images: {images}")
     (tmp_path / "s.yaml").write_text(text)
@@ -247,9 +266,9 @@ def test_the_name_autoattack_is_for_the_standard_on_every_test_image(tmp_path: P
     partial = name("autoattack", "500")
     assert partial != "autoattack" and partial.startswith("apgd-ce-t-") and partial.endswith("-square")
     assert name("{name: autoattack, steps: 99}", "null").startswith("apgd-ce-99-apgd-t-99-")
+    claim = 'claims: [{say: a, that: "autoattack > 0.1"}]\n'
+    (tmp_path / "s.yaml").write_text((tmp_path / "s.yaml").read_text() + claim)
     with pytest.raises(UserError, match="unknown metric 'autoattack'"):
-        text = (tmp_path / "s.yaml").read_text() + 'claims: [{say: a, that: "autoattack > 0.1"}]\n'
-        (tmp_path / "s.yaml").write_text(text)
         load_study(tmp_path / "s.yaml")
 
 

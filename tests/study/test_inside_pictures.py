@@ -65,7 +65,9 @@ def test_all_arms_look_at_the_same_images_and_directions(seen: Any) -> None:
     found = _found(seen[0])
     first = found["none"][0].arrays["images"]
     assert all(np.array_equal(one.arrays["images"], first) for one, _ in found.values())
-    places = {tuple(sorted({row["image"] for row in one.rows if row["part"] == "surface"})) for one, _ in found.values()}
+    places = {
+        tuple(dict.fromkeys(row["image"] for row in one.rows if row["part"] == "surface")) for one, _ in found.values()
+    }
     assert len(places) == 1
 
 

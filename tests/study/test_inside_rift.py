@@ -132,7 +132,9 @@ def test_a_kill_in_the_middle_changes_nothing_in_the_end(seen: Any, store: Store
 
 def test_a_selector_says_what_is_ranked(store: Store) -> None:
     _do(store, Asked(what=["rift"], arms=["all"], select="conv"))
-    assert {row["group"] for row in _rows(store, "line")} <= {row["group"] for row in _rows(store, "criticality, modules")}
+    assert {row["group"] for row in _rows(store, "line")} <= {
+        row["group"] for row in _rows(store, "criticality, modules")
+    }
     assert not _rows(store, "criticality, groups")
     with pytest.raises(UserError, match="--what: rift: the net of arm all has no weights to fine-tune"):
         plan_analyses(store, Asked(what=["rift"], arms=["all"], select="norm.statistics"))

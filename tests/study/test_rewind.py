@@ -312,3 +312,32 @@ def test_a_state_of_the_middle_of_an_epoch_differs_from_its_end(
     monkeypatch.setattr(work, "_save", save_and_look)
     assert run_plan(made, tmp_path / "out", workers=1, threads=1).complete
     assert len(seen) == 12 and all(not torch.equal(a, b) for a, b in pairwise(seen))
+
+
+def test_epochs_are_kept_to_be_looked_at_and_change_no_identity(
+    plan: Callable[..., Plan], run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    phase = "name: first, epochs: 5, train: {all: natural}"
+    before = plan(phase)
+    run(before)
+    (first,) = folders(before, tmp_path / "out")
+    ended = state(first)
+    after = plan(f"{phase}, keep: 2")
+    assert after.arms[0].nodes == before.arms[0].nodes and after.arms[0].run == before.arms[0].run
+    assert after.nodes[after.arms[0].nodes[0]].kept == (2, 4)  # its last epoch is kept anyway
+    assert run(after).trained == 1 and equal(state(first), ended)
+    names = {path.stem for path in first.glob("epoch-*.safetensors")}
+    assert names == {"epoch-2", "epoch-4"} and run(after).trained == 0
+
+
+def test_a_phase_that_stopped_before_the_epochs_to_keep_is_not_trained_again(
+    plan: Callable[..., Plan], run: Callable[..., Outcome]
+) -> None:
+    made = plan("name: first, epochs: 5, train: {all: natural}, keep: 1, stop: {patience: 1, metric: clean, least: 1}")
+    assert run(made).trained == 1
+    assert run(made).trained == 0
+
+
+def test_only_training_keeps_epochs(plan: Callable[..., Plan]) -> None:
+    with pytest.raises(UserError, match="keep: only a phase with train takes this"):
+        plan("name: first, epochs: 1, train: {all: natural}", "name: back, set: {all: {rewind: 0}}, keep: 1")

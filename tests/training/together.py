@@ -3,8 +3,6 @@
 A case is a function of the processes; what it returns, named tensors and texts, is written by each process.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,9 +13,10 @@ from robustlayers import models
 from robustlayers.attacks import PGD, Linf, Threat
 from robustlayers.core.files import write_json, write_tensors
 from robustlayers.core.random import stream
-from robustlayers.core.ranks import ALONE, joined
-from robustlayers.data import Augment, Images
-from robustlayers.normalization import NormPolicy, Switch
+from robustlayers.core.ranks import joined
+from robustlayers.data import Augment, Images, to_float
+from robustlayers.evaluation import worst_case
+from robustlayers.normalization import NormPolicy, Switch, inference
 from robustlayers.selection import Partition
 from robustlayers.training import (
     AverageSettings,
@@ -163,7 +162,11 @@ GRADIENTS = {
     "adversarial, equal parts": {"n": 8},
     "a part without images": {"n": 3},
     "two objectives": {"signals": {"all": MIXED}},
-    "two objectives as one batch": {"signals": {"all": MIXED}, "policy": NormPolicy(joint=Switch()), "model": "instance"},
+    "two objectives as one batch": {
+        "signals": {"all": MIXED},
+        "policy": NormPolicy(joint=Switch()),
+        "model": "instance",
+    },
     "norm only": {"groups": HALVES, "signals": {"norm": "adversarial", "rest": "frozen"}},
     "norm frozen": {"groups": HALVES, "signals": {"norm": "frozen", "rest": "natural"}},
     "some entries": {"groups": {"part": "random(like=norm, of=linear)", "rest": "rest"}},
@@ -178,13 +181,15 @@ GRADIENTS = {
     "rwp": {"ascent": {"name": "rwp", "steps": 2, "limit": 1.1}},
     "resnet": {"model": "batch", "n": 6},
     "dual": {"model": "dual", "n": 6, "signals": {"all": MIXED}},
-    "without running statistics": {"model": "no-track"},
+    "without running statistics": {"model": "no-track", "signals": {"all": "natural"}},
     "instance norm": {"model": "instance"},
     "cumulative statistics": {"policy": NormPolicy(adversarial=Switch(by="batch", update=True, momentum="cumulative"))},
-    "a gradient in one process only": {"model": "branching", "signals": {"all": "natural"}, "bright": 5},
     "updates": {"updates": 3, "groups": HALVES, "signals": {"norm": "adversarial", "rest": "natural"}},
     "random norm": {"model": "random", "n": 6},
 }
+
+# Where batch norm rounds to bf16 differs.
+ROUGH = {"model": "batch", "n": 6, "dtype": torch.float32, "precision": "bf16", "signals": {"all": "natural"}}
 
 FAULTY = {
     "forgetful": {"fault": "forgetful"},
@@ -193,11 +198,14 @@ FAULTY = {
     "local": {"fault": "local"},
 }
 
+STILL = PGD(Linf(0.1), steps=2, random_start=False)
 GHOSTS = {
-    f"{statistics}, {signal}": {"statistics": statistics, "signals": {"all": signal}, "attack": PGD(Linf(0.1), steps=2, random_start=False)}
+    f"{statistics}, {signal}": {"statistics": statistics, "signals": {"all": signal}, "attack": STILL}
     for statistics in ("none", "mean")
     for signal in ("natural", "adversarial")
 }
+# Image 5 is the second one's, so that the first process has no gradient for `bright`.
+GHOSTS["a gradient in one process only"] = {"model": "branching", "signals": {"all": "natural"}, "bright": 5}
 
 
 def images(n=21):
@@ -252,7 +260,7 @@ TRAINED = {
 
 
 def diverged(ranks):
-    """Texts of a run that diverges, and whether dropout drew the same in all processes."""
+    """What a run that diverges says."""
     made = trainer(ranks, optimizer=OptimizerSettings(lr=1e30), epochs=4)
     try:
         while made.done < made.epochs:
@@ -262,12 +270,32 @@ def diverged(ranks):
     return "did not diverge"
 
 
+def untouched(ranks):
+    """Buffers after exchanges of statistics that nothing has moved."""
+    made = net(dtype=torch.float32)
+    for statistics in ("mean", "none"):
+        shards = Shards(made, statistics, ranks=ranks)
+        with shards.of(*batch(7)):
+            pass
+    return dict(made.named_buffers())
+
+
+def verdicts(ranks):
+    """Verdicts of images in batches of 4, the last of which is short."""
+    made, some = net("batch", torch.float32), images(18)
+    with inference(made):
+        labels = made(to_float(some.images)).argmax(1)
+    labels[::5] = (labels[::5] + 1) % 3
+    attacks = {"weak": PGD(Linf(0.001), steps=2), "strong": PGD(Linf(0.02), steps=2)}
+    return worst_case(made, some.images, labels, attacks, 4, ranks=ranks)
+
+
 def cases(ranks):
     """Everything by name: {case: tensors}, and texts."""
     found = {}
     for kind, settings in (("gradients", GRADIENTS), ("faulty", FAULTY), ("ghosts", GHOSTS)):
         for name, options in settings.items():
-            if ranks.count > 1 or kind == "gradients" or kind == "faulty":
+            if ranks.count > 1 or kind != "ghosts":
                 own = options if ranks.count > 1 else {key: value for key, value in options.items() if key != "fault"}
                 found |= {f"{kind}/{name}/{key}": value for key, value in gradients(ranks, **own).items()}
     for name, options in TRAINED.items():
@@ -275,6 +303,9 @@ def cases(ranks):
         if ranks.count > 1:
             cut = {"cut": 2, **options}
             found |= {f"resumed/{name}/{key}": value for key, value in trained(ranks, **cut).items()}
+    found |= {f"untouched/{name}": value for name, value in untouched(ranks).items()}
+    found |= {f"rough/{name}": value for name, value in gradients(ranks, **ROUGH).items()}
+    found |= {f"verdicts/{name}": value for name, value in verdicts(ranks).items()}
     return {name: value.clone().contiguous() for name, value in found.items()}, {"diverged": diverged(ranks)}
 
 
@@ -283,11 +314,9 @@ def main(out):
     with joined(torch.device("cpu")) as ranks:
         tensors, texts = cases(ranks)
         write_tensors(Path(out) / f"{ranks.index}.safetensors", tensors)
-        write_json(Path(out) / f"{ranks.index}.json", texts | {"told": ranks.tell({"by": ranks.index}), "rank": os.environ["RANK"]})
-    print(json.dumps("done"))
+        facts = {"told": ranks.tell({"by": ranks.index}), "first": ranks.first(), "index": ranks.index}
+        write_json(Path(out) / f"{ranks.index}.json", texts | facts)
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
-
-__all__ = ["ALONE"]

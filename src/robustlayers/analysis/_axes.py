@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["GRAY", "INK", "MARKERS", "SERIES", "axes_or_new", "by_depth", "dots"]
+__all__ = ["GRAY", "INK", "MARKERS", "SERIES", "axes_or_new", "by_depth", "dots", "round_ticks"]
 
 # Okabe and Ito's palette, as in the report, which exchanges these very colors for those of the reader's scheme.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -51,3 +54,15 @@ def dots(axes: Axes, names: list[str], series: dict[str, list[float]], label: st
     if len(series) > 1:
         axes.legend(frameon=False)
     return axes
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Return three or more round numbers between `low` and `high` for a logarithmic axis, where there are as many."""
+    found: list[float] = []
+    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [float(f"{digit * 10.0**power:.3g}") for power in powers for digit in digits]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) >= 3:
+            break
+    return found[:: -(-len(found) // 6)] if found else []

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustlayers.analysis._axes import INK, SERIES, axes_or_new
+from robustlayers.analysis._axes import INK, SERIES, axes_or_new, round_ticks
 from robustlayers.analysis._ground import finite_row
 from robustlayers.analysis.signal import QUANTILES
 from robustlayers.core.errors import UserError
@@ -50,8 +50,16 @@ class Amplification:
             axes.plot(values, [place] * len(values), "o", color=SERIES[0], alpha=0.35, markersize=4, markeredgewidth=0)
         middles = [float(np.median(values)) for values in self.values]
         axes.plot(middles, range(len(middles)), color=INK, linewidth=1.2, label="median of channels")
-        axes.set_xscale("symlog", linthresh=1e-2)
-        axes.set_xlim(0, 1.5 * max(1.0, *(float(values.max()) for values in self.values)))
+        low, high = (float(np.concatenate(self.values).min()), 1.5 * max(1.0, float(np.concatenate(self.values).max())))
+        if low > 0.02:  # no channel is near death: the scale need not go down to it
+            axes.set_xscale("log")
+            axes.set_xlim(0.8 * min(low, 0.9), high)
+            ticks = round_ticks(0.8 * min(low, 0.9), high)
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
+        else:
+            axes.set_xscale("symlog", linthresh=1e-2)
+            axes.set_xlim(0, high)
         axes.set_yticks(range(len(self.layers)), self.layers)
         axes.set_ylim(len(self.layers) - 0.5, -0.8)
         axes.set_xlabel("amplification |scale| / standard deviation")

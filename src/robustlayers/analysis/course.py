@@ -63,15 +63,15 @@ class Course:
         """Draw a heat map: moments of training from the bottom up, layers in execution order from left to right.
 
         How to read it: a column that is bright from low down is a layer that was early what it is in the end; one that
-        turns bright only at the top was still changing what it represents.
+        turns bright only at the top was still changing what it represents. 0.5 and less is one shade.
         """
         axes = axes_or_new(axes, 5.2, 1.6 + 0.24 * min(len(self.moments), 20))
         shown: dict[str, Any] = {"origin": "lower", "interpolation": "nearest", "aspect": "auto"}
-        image = axes.imshow(self.values, cmap="cividis", vmin=0, vmax=1, **shown)
+        image = axes.imshow(self.values, cmap="cividis", vmin=0.5, vmax=1, **shown)
         label_layers(axes, self.layers, "x", color="white")
         step = -(-len(self.moments) // _READABLE)
         axes.set_yticks(range(0, len(self.moments), step), self.moments[::step])
-        axes.figure.colorbar(image, ax=axes).set_label("CKA with the trained net")
+        axes.figure.colorbar(image, ax=axes, extend="min").set_label("CKA with the trained net")
         return axes
 
 

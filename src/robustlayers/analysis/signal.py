@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustlayers.analysis._axes import GRAY, MARKERS, SERIES, axes_or_new
+from robustlayers.analysis._axes import GRAY, MARKERS, SERIES, axes_or_new, round_ticks
 from robustlayers.analysis._ground import finite_row
 from robustlayers.analysis._marks import label_layers
 from robustlayers.analysis.activations import Layer, Layers, batches, capture, layers_of
@@ -95,7 +95,7 @@ class SignalRatio:
                 axes.fill_between(middles, place - height, place, color=color, alpha=0.25, linewidth=0)
                 axes.plot(middles, place - height, color=color, linewidth=1, label=label)
         axes.set_xscale("log")
-        ticks = _ticks(edges[0], edges[-1])
+        ticks = round_ticks(edges[0], edges[-1])
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
         if edges[0] < 1 < edges[-1]:
@@ -155,7 +155,7 @@ class SignalExcess:
         low, high = (min(known.min(), 0.9), max(known.max(), 1.1)) if len(known) else (0.1, 10.0)
         axes.set_yscale("log")
         axes.set_ylim(low / 1.1, high * 1.1)
-        ticks = _ticks(low / 1.1, high * 1.1)
+        ticks = round_ticks(low / 1.1, high * 1.1)
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_yticks([], minor=True)
         axes.axhline(1, color=GRAY, linewidth=0.8)
@@ -193,7 +193,7 @@ class ChannelSpread:
             axes.plot(shown[:, 2], heights, color=color, label=name, **marks)
         axes.set_xscale("log")
         axes.set_xlim(low, high)
-        ticks = _ticks(low, high)
+        ticks = round_ticks(low, high)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
         axes.set_ylim(len(self.layers) - 0.5, -0.8)
@@ -306,15 +306,3 @@ def _quantiles(values: np.ndarray, levels: Sequence[float]) -> np.ndarray:
         return np.full(len(levels), np.nan)
     # Nearest ranks, since between a finite and an infinite ratio nothing can be interpolated.
     return np.quantile(values, levels, method="nearest")
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Return three or more round numbers between `low` and `high` for a logarithmic axis, where there are as many."""
-    found: list[float] = []
-    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), np.arange(1, 10, 0.5), np.arange(1, 10, 0.1)):
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [float(f"{digit * 10.0**power:.3g}") for power in powers for digit in digits]
-        found = [tick for tick in found if low <= tick <= high]
-        if len(found) >= 3:
-            break
-    return found[:: -(-len(found) // 6)] if found else []

@@ -99,7 +99,10 @@ class SameLayer:
                 range(len(values)), values, color=SERIES[place % len(SERIES)], marker=MARKERS[place % len(MARKERS)],
                 markevery=(place * step // 2 % step, step), markersize=5, markeredgewidth=0, linewidth=1.4, label=name,
             )  # fmt: skip
-        axes.set_ylim(min(0.0, *(float(np.nanmin(v)) for v in self.values.values() if np.isfinite(v).any())), 1.03)
+        known = [float(value) for values in self.values.values() for value in values if np.isfinite(value)]
+        low = min(known, default=0.0)
+        bottom = next((start for start in (0.9, 0.5, 0.0) if low > start), low)  # few scales, so that arms share them
+        axes.set_ylim(bottom, 1 + 0.03 * (1 - bottom))
         label_layers(axes, self.layers, "x")
         axes.set_ylabel(f"{self.metric} of the same layer")
         axes.legend(frameon=False, fontsize="small", loc="lower left")
@@ -210,8 +213,8 @@ class Contrast:
         reach = max(0.05, float(np.nanmax(np.abs(self.values), initial=0.0)))
         shown = {"cmap": "PuOr", "vmin": -reach, "vmax": reach}
         image = axes.imshow(self.values, origin="lower", interpolation="nearest", **shown)
-        label_layers(axes, self.one.columns_layers, "x", color="black")
-        label_layers(axes, self.one.rows_layers, "y", color="black")
+        label_layers(axes, self.one.columns_layers, "x")
+        label_layers(axes, self.one.rows_layers, "y")
         bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
         bar.set_label(f"{self.one.metric}, {self.names[0]} minus {self.names[1]}")
         return axes

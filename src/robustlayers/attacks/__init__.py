@@ -9,6 +9,7 @@ from robustlayers.attacks.losses import LOSSES, Loss, find_loss, is_correct
 from robustlayers.attacks.mim import MIM
 from robustlayers.attacks.noise import Gaussian, Noise
 from robustlayers.attacks.pgd import PGD
+from robustlayers.attacks.reference import Reference
 from robustlayers.attacks.registry import ATTACKS, Attack, NamedAttack, is_own, label, parse
 from robustlayers.attacks.square import Square
 from robustlayers.attacks.targeted import TargetedAPGD
@@ -33,6 +34,7 @@ __all__ = [
     "Loss",
     "NamedAttack",
     "Noise",
+    "Reference",
     "Square",
     "TargetedAPGD",
     "Threat",

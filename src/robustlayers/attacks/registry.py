@@ -9,9 +9,10 @@
 | `mim-10` | PGD with momentum from the image |
 | `apgd-ce` `apgd-dlr-50x2` | Auto-PGD |
 | `apgd-t` `apgd-t-50` | Auto-PGD towards the nine likeliest wrong classes |
-| `fab-t` | smallest perturbations to the nine likeliest wrong classes (needs pyautoattack) |
+| `fab-t` | smallest perturbations to the nine likeliest wrong classes |
 | `square-1000` | random search without gradients, 1000 queries |
 | `apgd-ce+square-1000` | the worst of several |
+| `autoattack-reference` | AutoAttack as the package pyautoattack runs it (extra `autoattack`) |
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from robustlayers.attacks.losses import LOSSES
 from robustlayers.attacks.mim import MIM
 from robustlayers.attacks.noise import Gaussian, Noise
 from robustlayers.attacks.pgd import PGD
+from robustlayers.attacks.reference import Reference
 from robustlayers.attacks.square import Square
 from robustlayers.attacks.targeted import TargetedAPGD
 from robustlayers.attacks.threat import Threat
@@ -40,6 +42,7 @@ __all__ = ["ATTACKS", "Attack", "NamedAttack", "is_own", "label", "parse"]
 ATTACKS: dict[str, type[Any]] = {
     "apgd": APGD,
     "apgd-t": TargetedAPGD,
+    "autoattack-reference": Reference,
     "fab-t": FAB,
     "fgsm": FGSM,
     "gaussian": Gaussian,

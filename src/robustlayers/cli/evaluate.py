@@ -216,8 +216,9 @@ def _plain(tell: Callable[[Moment], None]) -> Callable[[str, int, int], None]:
 
 def _check_attacks(wanted: Sequence[str], threat: Threat) -> None:
     """Raise for every attack that cannot run, before the first one does."""
-    from robustlayers.attacks import ATTACKS, parse
-    from robustlayers.core.errors import Fault, UserError, nearest
+    from robustlayers.attacks import parse
+    from robustlayers.core.errors import Fault, UserError
+    from robustlayers.study.finals import also_nearest
 
     faults: list[Fault] = []
     for name in wanted:
@@ -225,9 +226,7 @@ def _check_attacks(wanted: Sequence[str], threat: Threat) -> None:
             if name != "autoattack":
                 parse(name, threat)
         except UserError as error:
-            close = nearest(name, [*ATTACKS, "autoattack"], 1)
-            hint = "; nearest: autoattack" if close == ["autoattack"] else ""
-            faults += [Fault(fault.message + hint, path="--attack") for fault in error.faults]
+            faults += [Fault(fault.message, path="--attack") for fault in also_nearest(error, name).faults]
     if faults:
         raise UserError(faults)
 

@@ -17,9 +17,21 @@ from torch import Tensor
 
 from robustlayers.core.errors import UserError
 
-__all__ = ["ALONE", "Ranks", "environment", "joined"]
+__all__ = ["ALONE", "Lost", "Ranks", "environment", "joined"]
 
 _PATIENCE = timedelta(hours=24)  # of one that waits for another: rank 0 may measure meanwhile; torchrun ends the dead
+
+
+class Lost(Exception):
+    """An exchange has failed, most likely because another process has ended."""
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost("another process has ended, or the connection to it is lost") from error
 
 
 class Ranks:
@@ -51,7 +63,8 @@ class Ranks:
         if self.count > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(tensor)
+            with _noticing():
+                dist.all_reduce(tensor)
         return tensor
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -59,7 +72,8 @@ class Ranks:
         if self.count > 1:
             import torch.distributed as dist
 
-            dist.broadcast(tensor, 0)
+            with _noticing():
+                dist.broadcast(tensor, 0)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -87,8 +101,8 @@ class Ranks:
             return self.main
         try:
             return self._store.add("first", 1) == 1
-        except RuntimeError:  # whoever kept the store is gone
-            return True
+        except RuntimeError:  # who kept the store is gone: the main process, if torchrun did not keep it
+            return self.main
 
 
 ALONE = Ranks()

@@ -7,10 +7,11 @@ processes know how many images each of them has, and an exchange is a sum over p
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ class Shared:
 
     ranks: Ranks
     sizes: tuple[int, ...]
+
+    def values(self, x: Tensor) -> int:
+        """Return how many values a channel has in all processes, for this one's `x` [k n, c, ...]: k passes as one batch."""
+        total = sum(self.sizes)
+        own = self.sizes[self.ranks.index] or min(2, total)
+        return total * x.numel() // (own * x.shape[1])
 
 
 _SHARED: ContextVar[Shared | None] = ContextVar("shared", default=None)
@@ -125,7 +132,7 @@ class _Synchronized:
         if not module.training and (module.running_mean is not None or module.running_var is not None):
             return self.plain(input)
         module._check_input_dim(input)
-        values = sum(self.batch.sizes) * (input.numel() // (len(input) * input.shape[1]))  # of a channel
+        values = self.batch.values(input)
         if values < 2:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
         y, mean, var = _Normalize.apply(input, self.batch, self.mean, module.eps)  # pyright: ignore[reportGeneralTypeIssues]
@@ -176,7 +183,7 @@ class _Normalize(torch.autograd.Function):
         dims = (0, *range(2, x.dim()))
         shape = (1, -1, *(1,) * (x.dim() - 2))
         variances, means = batch.ranks.gather(torch.stack(torch.var_mean(wide, dims, correction=0))).unbind(1)
-        shares = _column(batch.sizes, wide) / sum(batch.sizes)
+        shares = _shares(batch.sizes, wide.dtype, wide.device)
         mean = (shares * means).sum(0)
         var = (shares * (variances + (means - mean) ** 2)).sum(0)
         scale = torch.rsqrt(var + eps)
@@ -198,11 +205,11 @@ class _Normalize(torch.autograd.Function):
         counts = own if ctx.mean_loss else float(own > 0)
         sums = ranks.total(torch.stack([g.sum(ctx.dims), (g * y).sum(ctx.dims)]) * counts)
         weight = 1 / max(1, own) if ctx.mean_loss else 1.0
-        values = sum(sizes) * (g.numel() // (len(g) * g.shape[1]))
-        first, second = (sums * (weight / values)).unbind(0)
+        first, second = (sums * (weight / ctx.batch.values(g))).unbind(0)
         dx = (g - first.view(ctx.shape) - y * second.view(ctx.shape)) * scale.view(ctx.shape)
         return dx.to(ctx.dtype), None, None, None
 
 
-def _column(sizes: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(sizes, dtype=like.dtype, device=like.device).view(-1, 1)
+@lru_cache(maxsize=16)
+def _shares(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([[size / sum(sizes)] for size in sizes], dtype=dtype, device=device)

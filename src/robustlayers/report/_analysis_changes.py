@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ def drift(
             own = moments[arm]
             at = {moment: x for x, moment in enumerate(names)} | {"now": len(names) - 1}
             points = []
-            for before, moment in zip(own, own[1:], strict=False):
+            for before, moment in itertools.pairwise(own):
                 value = found.get((arm, "all", moment, before if step else own[0]))
                 if value is not None and moment in at:
                     points.append((at[moment], max(value, low)))

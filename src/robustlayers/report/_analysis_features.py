@@ -28,8 +28,8 @@ _CONTRAST = (
     "otherwise than unseen images, which is where the net overfits."
 )
 _PROCRUSTES = (
-    "Read as a heat map of CKA: bright pairs of layers can be rotated into each other. From features averaged over positions; "
-    "it weighs directions of little variance too, so it is a check where CKA is carried by a few images."
+    "Read as above: bright pairs of layers are those that a rotation turns into each other. From features averaged over "
+    "positions; it weighs directions of little variance too, so it is a check where CKA is carried by a few images."
 )
 _COURSE = "Read as above, on the images as they were attacked for the net as it is."
 _BY_IMAGES = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ _LINES = (
 )
 _CAPTION = (
     "How to read it: epochs of all phases from left to right, a line for each arm; arms that share a phase share its line, "
-    "and a vertical line begins a phase of the last arm. A robust gap that opens while robust accuracy on validation falls "
+    "and a vertical line begins a phase of the longest. A robust gap that opens while robust accuracy on validation falls "
     "is robust overfitting; one that opens while it stays is none."
 )
 _ENDS = (
@@ -53,8 +54,8 @@ def draw(summary: Summary, shown: Sequence[Analyzed], suffix: str) -> list[Panel
 
 
 def _gaps(shown: Sequence[Analyzed], place: Mapping[str, int]) -> Figure:
-    figure = empty(50.0 + 124.0 * len(_LINES) + 16 * math.ceil(len(shown) / 2), "")
-    grid = figure.subplots(len(_LINES), 1, sharex=True, squeeze=False)[:, 0]
+    figure = empty(110.0 + 124.0 * len(_LINES) + 16 * math.ceil(len(shown) / 2), "")
+    grid = figure.subplots(len(_LINES), 1, sharex=True, squeeze=False, height_ratios=[1.5, 1, 1])[:, 0]
     for axes, (key, head) in zip(grid, _LINES, strict=True):
         axes.set_title(head, loc="left", fontsize=style.FONT_SIZE)
         for result in shown:
@@ -69,7 +70,7 @@ def _gaps(shown: Sequence[Analyzed], place: Mapping[str, int]) -> Figure:
         for first in _begins(shown):
             axes.axvline(first - 0.5, color=style.RULE, linewidth=1.0, zorder=0)
         axes.grid(axis="x", visible=False)
-    epochs = [int(row["epoch"]) for result in shown for row in result.rows]
+    epochs = [int(str(row["epoch"])) for result in shown for row in result.rows]
     grid[-1].set_xticks([tick for tick in style.ticks(1, max(epochs, default=1)) if tick == int(tick)])
     grid[-1].set_xlabel("epoch")
     legend(figure, grid[0], [result.arm for result in shown])
@@ -83,7 +84,7 @@ def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, floa
 def _begins(shown: Sequence[Analyzed]) -> list[int]:
     """Return the first epochs of all phases but the first, of the arm that has most epochs."""
     rows = max((list(result.rows) for result in shown), key=len, default=[])
-    return [int(row["epoch"]) for before, row in zip(rows, rows[1:], strict=False) if before["phase"] != row["phase"]]
+    return [int(str(row["epoch"])) for before, row in itertools.pairwise(rows) if before["phase"] != row["phase"]]
 
 
 def _ends(shown: Sequence[Analyzed], place: Mapping[str, int]) -> Figure:

@@ -14,7 +14,7 @@ from robustlayers.analysis import Perturbations
 from robustlayers.analysis._sheets import picture
 from robustlayers.core.quantities import pixels_text
 from robustlayers.report import style
-from robustlayers.report._analysis_norms import WIDTH, Panel, empty, slim
+from robustlayers.report._analysis_axes import WIDTH, Panel, empty, slim
 from robustlayers.report.figures import Drawing
 from robustlayers.report.svg import to_svg
 from robustlayers.report.wording import slugs

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from robustlayers.evaluation import CrossTable
 from robustlayers.report import style
-from robustlayers.report._analysis_norms import NAME, Panel, empty, slim
+from robustlayers.report._analysis_axes import NAME, Panel, empty, slim
 from robustlayers.report.figures import Drawing
 from robustlayers.report.svg import to_svg
 from robustlayers.study.analyses import ANALYSES
@@ -65,7 +65,7 @@ def _drawn(name: str, title: str, table: CrossTable, data: Sequence[dict[str, An
     count = len(table.names)
     with style.drawing():
         line = 24.0 if count <= _NUMBERS else 15.0
-        figure = empty(118.0 + line * (count + 1), "")
+        figure = empty((118.0 if count <= _NUMBERS else 160.0) + line * (count + 1), "")
         axes = figure.add_subplot()
         table.plot(axes)
         _settle(axes, table, count)
@@ -86,6 +86,10 @@ def _settle(axes: Axes, table: CrossTable, count: int) -> None:
         text.set_fontsize(style.FONT_SIZE - 1)
         if count > _DECIMALS:
             text.set_text(f"{float(text.get_text()):.0f}" if count <= _NUMBERS else "")
+    if count > _NUMBERS:
+        bar = axes.figure.colorbar(axes.images[0], ax=axes, location="top", fraction=0.05, aspect=30, pad=0.02)
+        bar.set_ticks([0, 0.5, 1], labels=["0", "50", "100"])
+        bar.set_label("accuracy, %", fontsize=style.FONT_SIZE - 1)
     axes.axhline(0.5, color=style.PAPER, linewidth=4)  # what is not under attack stands apart
     for place in range(count):
         axes.add_patch(Rectangle((place - 0.47, place + 0.53), 0.94, 0.94, fill=False, edgecolor=_LIGHT, linewidth=2.4))

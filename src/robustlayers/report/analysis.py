@@ -24,7 +24,7 @@ from robustlayers.report import _analysis_overfitting as overfitting
 from robustlayers.report import _analysis_pictures as pictures
 from robustlayers.report import _analysis_transfer as transfer
 from robustlayers.report import style
-from robustlayers.report._analysis_norms import NAME, Panel, empty, slim
+from robustlayers.report._analysis_axes import Panel, empty, slim
 from robustlayers.report.figures import Drawing
 from robustlayers.report.svg import to_svg
 from robustlayers.report.tables import Cell, Column, Table

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from robustlayers.report import analysis, loupe, tables
 from robustlayers.report.analysis import Inside
 from robustlayers.report.answer import Answer, Standing, answer
-from robustlayers.report.figures import Drawing, curves, pictures, tradeoff
+from robustlayers.report.figures import Drawing, curves, pictures, strength, tradeoff
 from robustlayers.report.measured import primary
 from robustlayers.report.tables import Table
 from robustlayers.report.wording import compact, count, listing, plural, share, slugs
@@ -63,6 +63,7 @@ class Content:
     curves: Sequence[Drawing]
     curves_caption: str
     pictures: Drawing | None
+    strength: Sequence[Drawing]
     loupe: Sequence[Drawing]
     inside: Sequence[Inside]
     arms: Sequence[ArmContent]
@@ -73,7 +74,14 @@ class Content:
     def drawings(self) -> list[Drawing]:
         """All figures, in the order of the page."""
         inside = (one for part in self.inside for panel in part.panels for one in panel.drawings)
-        return [*self.tradeoff, *self.curves, *([self.pictures] if self.pictures else []), *self.loupe, *inside]
+        return [
+            *self.tradeoff,
+            *self.curves,
+            *([self.pictures] if self.pictures else []),
+            *self.strength,
+            *self.loupe,
+            *inside,
+        ]
 
 
 def gather(summary: Summary) -> Content:
@@ -92,6 +100,7 @@ def gather(summary: Summary) -> Content:
         curves=drawn,
         curves_caption=CURVES,
         pictures=pictures.draw(summary),
+        strength=strength.draw(summary),
         loupe=_loupes(summary),
         inside=analysis.gather(summary) if summary.analyses else [],
         arms=_arms(summary, said),

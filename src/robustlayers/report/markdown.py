@@ -91,6 +91,10 @@ def render(content: Content) -> str:
             parts += [f"### {inline(one.title)}", _image(one), f"{inline(one.caption)}."]
     if content.pictures:
         parts += ["## What the attack does", inline(content.pictures.caption), _image(content.pictures)]
+    if content.strength:
+        parts += ["## Stronger attacks", inline(content.strength[0].caption)]
+        for one in content.strength:
+            parts += [f"### {inline(one.title)}", _image(one)]
     if content.loupe:
         parts += ["## Norm layers under the loupe", inline(content.loupe[0].caption)]
         for one in content.loupe:

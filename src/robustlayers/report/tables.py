@@ -173,7 +173,7 @@ def beside(summary: Summary) -> Table | None:
     checkpoint = primary(summary)
     found = dict.fromkeys(metric for arm in summary.arms for metric in arm.results.get(checkpoint, {}))
     families = [metric for metric in found if metric.startswith("corrupted:") and metric.count(":") == 1]
-    names = {"corrupted": "all families, mean", **{metric: metric.partition(":")[2] for metric in families}}
+    names = {"corrupted": "corrupted images, mean", **{metric: metric.partition(":")[2] for metric in families}}
     names = {metric: name for metric, name in names.items() if metric in found}
     if "ece" in found:
         names["ece"] = "calibration error"

@@ -188,7 +188,7 @@ ANALYSES: dict[str, Analysis] = {
         Analysis(
             "rift",
             "Robust critical fine-tuning",
-            "What does the group that robustness needs least gain from clean images?",
+            "What does the least critical group gain from clean images? One half of the images chooses, the other measures.",
             True,
             False,
             "worst-case criticality of modules and parts, accuracy on the line from the net to the fine-tuned one",

@@ -262,10 +262,20 @@ def _notes(plan: Mapping[str, Any], arms: list[Arm], rows: list[Row]) -> list[st
     ]
     if missing:
         notes.append("Not in the numbers: " + ", ".join(missing) + ".")
-    notes += [
-        f"Flag raised: {flag}.{_meaning(flag)}"
-        for flag in sorted({flag for row in rows for flag in row.flags.split("; ") if flag})
-    ]
+    return notes + _flags(rows)
+
+
+def _flags(rows: list[Row]) -> list[str]:
+    """Return a note for each flag that was raised: one of its texts, how many runs have it, what it means."""
+    texts: dict[str, dict[str, set[tuple[str, int]]]] = {}
+    for row in rows:
+        for flag in filter(None, row.flags.split("; ")):
+            texts.setdefault(flag.partition(":")[0], {}).setdefault(flag, set()).add((row.run, row.seed))
+    notes = []
+    for name, found in sorted(texts.items()):
+        first, runs = min(found), len(set().union(*found.values()))
+        others = f" (one of {runs} nets that raise it)" if runs > 1 and len(found) > 1 else ""
+        notes.append(f"Flag raised: {first}{others}.{_meaning(name)}")
     return notes
 
 

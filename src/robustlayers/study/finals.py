@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from robustlayers.attacks import NamedAttack, Threat, label, parse
-from robustlayers.core.errors import Fault, UserError, nearest, one_of
+from robustlayers.attacks import ATTACKS, NamedAttack, Threat, label, parse
+from robustlayers.core.errors import UserError, nearest, one_of
 from robustlayers.evaluation.autoattack import autoattack_label, standard
 
-__all__ = ["NAME", "AutoAttack", "Measured", "measured_attack", "name_of"]
+__all__ = ["NAME", "AutoAttack", "Measured", "also_nearest", "measured_attack", "name_of"]
 
 NAME = "autoattack"
 """The word for it in `evaluate.attacks`."""
@@ -82,9 +82,7 @@ def measured_attack(
         try:
             return parse(what, threat)
         except UserError as error:
-            if isinstance(name, str) and nearest(name, [*_parts(error), NAME], 1) == [NAME]:
-                raise UserError([Fault(f"{f.message}; nearest: {NAME}", path=f.path) for f in error.faults]) from None
-            raise
+            raise also_nearest(error, name) from None
     for key, value in options.items():
         if key not in _OPTIONS:
             raise UserError(one_of(f"option of {NAME}", str(key), _OPTIONS))
@@ -93,6 +91,19 @@ def measured_attack(
     return AutoAttack(threat, **options, whole=whole, classes=classes)
 
 
-def _parts(error: UserError) -> list[str]:
-    """Return what the message names as nearest already."""
-    return [word for fault in error.faults for word in re.findall(r"[a-z-]+", fault.message.partition("nearest: ")[2])]
+def also_nearest(error: UserError, name: object) -> UserError:
+    """Return a refusal of an attack that names `autoattack` too where that is what was meant."""
+    if not isinstance(name, str) or nearest(name, [*ATTACKS, NAME], 1) != [NAME]:
+        return error
+    first = f"; nearest: {NAME}"
+    return UserError(
+        [
+            replace(
+                f,
+                message=f.message.replace("; nearest: ", f"{first}, ", 1)
+                if "; nearest: " in f.message
+                else f.message + first,
+            )
+            for f in error.faults
+        ]
+    )

@@ -91,8 +91,8 @@ def measure_run(
             verdicts = worst_case(
                 forward, test.images, test.labels, plain, recipe.evaluate.batch_size, seed=seed, progress=progress
             )
-            digest = file_digest(trained / f"{checkpoint}.safetensors")[:16]
-            finals = _finals(forward, test, attacks, folder / _SHARDS / digest, seed, report)
+            weights = trained / f"{checkpoint}.safetensors"
+            finals = _finals(forward, test, attacks, folder / _SHARDS, weights, seed, report)
             for name, outcome in finals.items():
                 verdicts[name] = verdicts["clean"] & outcome.robust
                 verdicts["robust"] &= outcome.robust
@@ -139,7 +139,7 @@ def measure_run(
 
 
 def _finals(
-    forward: Any, test: Images, attacks: Mapping[str, Measured], folder: Path, seed: int, report: Report
+    forward: Any, test: Images, attacks: Mapping[str, Measured], folder: Path, weights: Path, seed: int, report: Report
 ) -> dict[str, Outcome]:
     """Return what each AutoAttack found, by the name of its rows; what a kill would lose lies in shards."""
     found = {}
@@ -154,7 +154,7 @@ def _finals(
                 test.images,
                 test.labels,
                 threat=attack.threat,
-                directory=folder / name,
+                directory=folder / file_digest(weights)[:16] / name,
                 steps=attack.steps,
                 targets=attack.targets,
                 queries=attack.queries,

@@ -13,7 +13,7 @@ import torch
 
 from robustlayers.core.device import machine, pick_device, versions
 from robustlayers.core.errors import UserError
-from robustlayers.core.files import MANIFEST, write_json, write_text
+from robustlayers.core.files import MANIFEST, read_json, write_json, write_text
 from robustlayers.core.ranks import ALONE, Ranks
 from robustlayers.study.describe import describe_plan
 from robustlayers.study.extras import extras_passes
@@ -22,7 +22,7 @@ from robustlayers.study.measure import measure_run
 from robustlayers.study.plan import ArmPlan, PhaseNode, Plan
 from robustlayers.study.semantics import build_attack, data_of, measured_attacks
 from robustlayers.study.store import Store
-from robustlayers.study.together import follow, lead
+from robustlayers.study.together import check_together, follow, lead
 from robustlayers.study.work import train_phase
 
 __all__ = ["Job", "Outcome", "default_workers", "plan_size", "run_plan"]
@@ -100,6 +100,8 @@ def run_plan(
         tasks = [_train_task(store, node, s, where, ranks) for s in plan.study.seeds for node in plan.nodes.values()]
         follow({task.key: task for task in tasks}, ranks, threads=threads)
         return Outcome()
+    if ranks.count > 1:
+        check_together(plan, ranks)
     with store.locked():
         facts = describe_plan(plan)
         record = {
@@ -189,7 +191,7 @@ def _tasks(
             folder = store.phase(node.id, seed)
             who = node.arms[0] if len(node.arms) == 1 else f"{len(node.arms)} arms"
             outcome.texts[key] = f"{who}, seed {seed}, {node.phase.name}"
-            if store.finished(folder) and all((folder / f"epoch-{epoch}.safetensors").exists() for epoch in node.kept):
+            if store.finished(folder) and _has_kept(folder, node):
                 done += size
                 continue
             (folder / MANIFEST).unlink(missing_ok=True)  # it may lack an epoch that is to be kept
@@ -221,6 +223,12 @@ def _tasks(
             arguments: tuple[Any, ...] = (store, arm.run, nodes, arm.recipe, seed, device)
             add(Task(key, measure_run, arguments, needs, size), Job(key, outcome.texts[key], size))
     return tasks, jobs, done, outcome
+
+
+def _has_kept(folder: Path, node: PhaseNode) -> bool:
+    """Tell whether every epoch that is to be kept is there; one that stopped early never came to the later ones."""
+    last = read_json(folder / "curve.json")["points"][-1]["epoch"]
+    return all((folder / f"epoch-{epoch}.safetensors").exists() for epoch in node.kept if epoch <= last)
 
 
 def plan_size(plan: Plan) -> float:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
+from robustlayers.core.errors import Fault, UserError
 from robustlayers.core.ranks import Ranks
 from robustlayers.study.local import Event, OnEvent, Queue, Task, perform
+from robustlayers.study.phases import build_trainer
+from robustlayers.study.plan import Plan
+from robustlayers.study.semantics import build_model, data_of
 
-__all__ = ["Ended", "follow", "lead"]
+__all__ = ["Ended", "check_together", "follow", "lead"]
 
 
 class Ended(Exception):
@@ -46,6 +51,20 @@ def follow(tasks: Mapping[str, Task], ranks: Ranks, *, threads: int) -> None:
             end = perform(tasks[key], lambda event: None)
             if end.kind == "failed":
                 raise Ended(f"{key}: {end.facts['reason']} (process {ranks.index} of {ranks.count})")
+
+
+def check_together(plan: Plan, ranks: Ranks) -> None:
+    """Raise `UserError` with all phases whose batches processes cannot share, before one of them is trained."""
+    faults: list[Fault] = []
+    for node in plan.nodes.values():
+        if node.phase.kind == "train":
+            dataset, train, _, _ = data_of(node.recipe.data)
+            try:
+                build_trainer(build_model(node.recipe.model, dataset, 0), node.recipe, node.phase, train, ranks=ranks)
+            except UserError as error:
+                faults += [replace(fault, path=f"{', '.join(node.arms)}: {node.phase.name}") for fault in error.faults]
+    if faults:
+        raise UserError(faults)
 
 
 @contextmanager

@@ -94,6 +94,7 @@ class Shards:
             if entry.name in moving and not (statistics == "sync" and isinstance(entry.module, batch))
         ]
         self.sizes: list[int] = []
+        self._before: list[Tensor] = []
 
     @property
     def several(self) -> bool:
@@ -127,10 +128,21 @@ class Shards:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Let batch norm normalize by the whole batch inside, where it is to."""
+        """Let batch norm normalize by the whole batch inside, where it is to; what `exchange` does is about this block."""
         synchronized = self.several and self.statistics == "sync"
+        if self.several:
+            self._before = [torch.cat([tensor.reshape(-1) for tensor in own]) for own in self._moving()]
         with sharing(Shared(self.ranks, tuple(self.sizes)) if synchronized else None):
             yield
+
+    def _moving(self) -> list[list[Tensor]]:
+        """Return the buffers to exchange, those of one kind together; looked up anew, since a model may have been moved."""
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for module, name in self._buffers:
+            tensor = module._buffers[name]
+            if tensor is not None:
+                kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
+        return list(kinds.values())
 
     def draws(self, generator: torch.Generator) -> torch.Generator:
         """Return a generator of our own attacks' draws: those that one process would make, for the images of this one."""
@@ -180,20 +192,15 @@ class Shards:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Make the running statistics of all processes the same."""
+        """Make the running statistics of all processes the same; those that have not moved in any stay bit for bit."""
         if not self.several:
             return
-        # Looked up anew: a module may have been moved to another device since.
-        tensors = [tensor for module, name in self._buffers if (tensor := module._buffers[name]) is not None]
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in tensors:
-            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for own in kinds.values():
+        for own, before in zip(self._moving(), self._before, strict=True):
             flat = torch.cat([tensor.reshape(-1) for tensor in own])
             if self.statistics == "none":
                 self.ranks.copy(flat)
             else:
-                self.ranks.total(flat.mul_(self.share))
+                flat = before + self.ranks.total((flat - before) * self.share)
             for tensor, value in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(value.view_as(tensor))
 
@@ -203,17 +210,26 @@ def check_shared(step: PartialStep, statistics: str) -> None:
     if statistics != "sync":
         return
     binding = step.binding()
+    crafts = is_own(step.attack) and "adversarial" in binding.passes
+    untracked = [
+        name
+        for name, module in step.model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
+    ]
+    if crafts and untracked:
+        raise UserError(
+            f"statistics: sync: {untracked[0]} has no running statistics, so that each process crafts by those of its own "
+            "images; allowed: none, mean"
+        )
     if any(setting.by == "mixture" for settings in binding.settings.values() for setting in settings.values()):
         raise UserError("statistics: sync has no mixture of batch and running statistics; allowed: none, mean")
-    crafts = [binding.settings[name] for name in ("craft",) if "adversarial" in binding.passes]
-    still = all(setting.still for settings in crafts for setting in settings.values())
-    if not still and is_own(step.attack):
-        regular = isinstance(step.attack, _REGULAR) and not getattr(step.attack, "early_exit", False)
-        if not regular:
-            raise UserError(
-                f"statistics: sync: {label(step.attack)} drops images that are done with, so that it cannot craft by the "
-                "statistics of a batch that processes share; allowed: none, mean, or craft: {by: running}"
-            )
+    still = all(setting.still for setting in binding.settings["craft"].values())
+    regular = isinstance(step.attack, _REGULAR) and not getattr(step.attack, "early_exit", False)
+    if crafts and not still and not regular:
+        raise UserError(
+            f"statistics: sync: {label(step.attack)} drops images that are done with, so that it cannot craft by the "
+            "statistics of a batch that processes share; allowed: none, mean, or craft: {by: running}"
+        )
 
 
 _REGULAR = (FGSM, RFGSM, NFGSM, MIM, PGD, Noise, Gaussian)  # as many passes whatever becomes of the images
