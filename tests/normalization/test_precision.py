@@ -1,6 +1,8 @@
 """Precision of crafting: what is chosen is fast and agrees with the model, and a resume takes the same."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from robustlayers.core.errors import UserError
 from robustlayers.data import Images
 from robustlayers.models import build
 from robustlayers.normalization import crafting_forward
+from robustlayers.normalization import precision as module
 from robustlayers.normalization.precision import Choice, choose
 from robustlayers.training import PhaseTrainer
 
@@ -18,9 +21,9 @@ from robustlayers.training import PhaseTrainer
 @pytest.fixture
 def model():
     made = build("resnet", seed=0, depth=8, width=8, channels=1, classes=10)
-    for module in made.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(1))
+    for layer in made.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(1))
     return made.eval()
 
 
@@ -77,6 +80,39 @@ def test_a_candidate_that_points_elsewhere_is_never_chosen(model, images, monkey
     assert (choice.precision, choice.channels_last) == ("fp32", False)
     assert min(choice.measured.values(), key=lambda found: found.seconds).signs < 0.9
     assert "did not agree" in choice.reason
+
+
+def test_on_a_gpu_compiled_candidates_are_tried_and_left_out_where_they_fail(model, images, monkeypatch):
+    monkeypatch.setattr("robustlayers.normalization.precision._SECONDS", 0.0)
+    monkeypatch.setattr("robustlayers.normalization.precision._CANDIDATES", (*module._CANDIDATES, *module._COMPILED))
+
+    def make(model, *, precision, channels_last, compiled=False):
+        if compiled and precision == "bf16":
+            raise RuntimeError("no compiler")
+        return crafting_forward(model, precision=precision, channels_last=channels_last)
+
+    choice = choose(model, images, make)
+    assert "fp32, channels-last, compiled" in choice.measured
+    assert "bf16, channels-last, compiled" not in choice.measured
+    pinned = replace(choice, precision="fp32", channels_last=True, compiled=True)
+    assert Choice.of(json.loads(json.dumps(pinned.plain_data()))) == pinned and pinned.name.endswith("compiled")
+    older = {key: value for key, value in choice.plain_data().items() if key != "compiled"}
+    assert not Choice.of(older).compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_it_is_the_same_function_and_is_refreshed(model, images):
+    forward = crafting_forward(model, compiled=True)
+    for _ in range(2):
+        x = images.clone().requires_grad_()
+        plain, folded = (torch.autograd.grad(function(x).square().sum(), x)[0] for function in (model.eval(), forward))
+        torch.testing.assert_close(folded, plain, rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+        forward.refresh()
 
 
 def test_the_model_is_as_it_was(model, images, monkeypatch):

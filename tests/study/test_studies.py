@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[2] / "studies"
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 SUBSETS = ["".join(map(str, chosen)) for count in range(1, 5) for chosen in itertools.combinations(range(1, 5), count)]
 PROMISED = 40  # lines
-SHORT = ("awp-blocks.yaml", "block-subsets.yaml", "cut-sweep.yaml", "partial-norm.yaml")
+SHORT = ("awp-blocks.yaml", "block-subsets.yaml", "cut-sweep.yaml", "overfitting.yaml", "partial-norm.yaml")
 
 
 @lru_cache
@@ -101,6 +101,22 @@ def test_norm_layers_that_change_sides_share_two_first_phases() -> None:
     }
 
 
+def test_arms_go_on_from_the_best_epoch_of_one_training() -> None:
+    """Frozen and rewound parts are parts of the same net at its best epoch, which all arms share."""
+    made = plan("overfitting.yaml")
+    found = chains(made)
+    assert len(found) == 9 and len({chain[0].id for chain in found.values()}) == 1
+    assert found["go on"][0].kept == (5, 10, 15, 20, 25, 30, 35)
+    backs = {name: chain[1].id for name, chain in found.items() if len(chain) == 3}
+    assert len(set(backs.values())) == 1 and set(backs) >= {"go on", "early frozen", "late frozen", "late rewound"}
+    (start,) = found["go on"][1].phase.assign.values()
+    assert not isinstance(start, str) and (start.phase, start.checkpoint) == ("robust", "best")
+    for part, other in (("early", "late"), ("late", "early")):
+        assert found[f"{part} frozen"][2].phase.train == {other: "adversarial", "rest": "frozen"}
+        (rewound,) = found[f"{part} rewound"][2].phase.start.values()
+        assert not isinstance(rewound, str) and rewound.rewind == 5
+
+
 # Smaller in every number, so that arms run in seconds.
 SMALLER = (
     "data.train_images=40",
@@ -121,6 +137,7 @@ SMALLER = (
         ("block-subsets.yaml", ("factors.stages={s14: {groups.chosen: stage(1) | stage(4)}}",)),
         ("awp-blocks.yaml", ("factors.stages={s4: {phases.robust.ascent.select: stage(4)}}", "phases.robust.epochs=2")),
         ("partial-norm.yaml", ("factors.part={affine: {groups.part: norm.affine}}", "phases.whole.epochs=1")),
+        ("overfitting.yaml", ("phases.robust.epochs=6", "phases.onward.epochs=1")),
     ],
 )
 def test_arms_of_each_run(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:

@@ -162,11 +162,8 @@ GRADIENTS = {
     "adversarial, equal parts": {"n": 8},
     "a part without images": {"n": 3},
     "two objectives": {"signals": {"all": MIXED}},
-    "two objectives as one batch": {
-        "signals": {"all": MIXED},
-        "policy": NormPolicy(joint=Switch()),
-        "model": "instance",
-    },
+    "two objectives as one batch": {"signals": {"all": MIXED}, "policy": NormPolicy(joint=Switch())},
+    "as one batch, a part without images": {"signals": {"all": MIXED}, "policy": NormPolicy(joint=Switch()), "n": 3},
     "norm only": {"groups": HALVES, "signals": {"norm": "adversarial", "rest": "frozen"}},
     "norm frozen": {"groups": HALVES, "signals": {"norm": "frozen", "rest": "natural"}},
     "some entries": {"groups": {"part": "random(like=norm, of=linear)", "rest": "rest"}},

@@ -9,6 +9,8 @@ equivalent that is cheaper in both directions: BatchNorm becomes part of the con
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,9 @@ from robustlayers.normalization.precision import PRECISIONS, Choice, choose
 __all__ = ["CraftingForward", "crafting_forward"]
 
 
-def crafting_forward(model: nn.Module, *, precision: str = "fp32", channels_last: bool = True) -> CraftingForward:
+def crafting_forward(
+    model: nn.Module, *, precision: str = "fp32", channels_last: bool = True, compiled: bool = False
+) -> CraftingForward:
     """Return a function equal to `model` in evaluation mode, with the same gradient for the images, that costs less.
 
     Equal means within rounding; in the dtype of the model. Norm layers normalize by their running statistics, and no
@@ -39,6 +43,9 @@ def crafting_forward(model: nn.Module, *, precision: str = "fp32", channels_last
     images the candidates are timed, and the fastest whose gradient agrees with the model's is kept (`choice` tells which
     and why).
 
+    `compiled` gives the result to `torch.compile`, which takes a while at the first images and at the first batch of another
+    size. On a CPU it gains nothing; on a GPU `auto` tries it. It needs a compiler, and a model that does not run as it is.
+
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
     >>> forward = crafting_forward(net)
     >>> forward
@@ -49,7 +56,7 @@ def crafting_forward(model: nn.Module, *, precision: str = "fp32", channels_last
     """
     if precision not in PRECISIONS:
         raise UserError(one_of("precision", precision, PRECISIONS))
-    return CraftingForward(model, precision=precision, channels_last=channels_last)
+    return CraftingForward(model, precision=precision, channels_last=channels_last, compiled=compiled)
 
 
 class CraftingForward:
@@ -64,11 +71,13 @@ class CraftingForward:
     multiply-add. `as_it_is`: module name -> why it runs as it is; `""` is the whole model. `reason`: that in one line.
     """
 
-    def __init__(self, model: nn.Module, *, precision: str = "fp32", channels_last: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, *, precision: str = "fp32", channels_last: bool = True, compiled: bool = False
+    ) -> None:
         self._model = model
         self.precision = precision
         self.choice: Choice | None = None
-        self._choice = channels_last
+        self._choice, self._compile = channels_last, compiled
         self._build()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -77,13 +86,14 @@ class CraftingForward:
             self.settle(images)
         if self.precision == "bf16" and images.dtype == torch.float32:
             with torch.autocast(images.device.type, torch.bfloat16):
-                return self._plan.run(images).float()
-        return self._plan.run(images)
+                return self._run(images).float()
+        return self._run(images)
 
     def settle(self, images: Tensor, choice: Choice | None = None) -> Choice:
         """Decide what `auto` stands for, by timing on `images`, or as `choice` says; return the choice."""
         self.choice = choice or choose(self._model, images, crafting_forward)
         self.precision, self._choice = self.choice.precision, self.choice.channels_last
+        self._compile = self.choice.compiled
         self._build()
         return self.choice
 
@@ -127,6 +137,9 @@ class CraftingForward:
     @torch.inference_mode(False)
     def _build(self) -> None:
         self._plan = plan(self._model, self._choice)
+        self._run: Callable[[Tensor], Tensor] = self._plan.run
+        if self._compile and not self._plan.as_it_is:
+            self._run = torch.compile(self._plan.run)
         parts = (*self._plan.folded, *self._plan.fused)
         self._scalings = Scalings([part.scaling for part in parts])
         self._sources = [source for source, _ in self._plan.copies]

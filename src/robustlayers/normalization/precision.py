@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +25,9 @@ PRECISIONS = ("fp32", "bf16", "auto")
 LEAST_SIGNS = 0.9
 LEAST_COSINE = 0.95
 _SECONDS = 1.0  # spent on timing, about
-_CANDIDATES = (("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True))
+_CANDIDATES = tuple((precision, layout, False) for precision in ("fp32", "bf16") for layout in (False, True))
+# On a CPU compiling gains nothing over what folding leaves, and takes 18 s.
+_COMPILED = (("fp32", True, True), ("bf16", True, True))
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ class Choice:
     channels_last: bool
     measured: Mapping[str, Measured]
     plain: float  # seconds of the plain model
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         """The candidate's name."""
-        return _name(self.precision, self.channels_last)
+        return _name(self.precision, self.channels_last, self.compiled)
 
     @property
     def reason(self) -> str:
@@ -69,22 +73,25 @@ class Choice:
     def of(cls, data: Mapping[str, Any]) -> Choice:
         """Return the choice that a record holds."""
         measured = {name: Measured(**found) for name, found in data["measured"].items()}
-        return cls(data["precision"], data["channels_last"], measured, data["plain"])
+        return cls(data["precision"], data["channels_last"], measured, data["plain"], data.get("compiled", False))
 
 
 def choose(model: nn.Module, images: Tensor, make: Callable[..., Callable[[Tensor], Tensor]]) -> Choice:
     """Time the candidates on `images`, [n, c, h, w], and return the fastest that agrees; `make` builds them.
 
     Each round times every candidate once, so that another load on the machine meets all alike; the fastest of a
-    candidate's rounds counts. The exact precision without a special layout always agrees.
+    candidate's rounds counts. The exact precision without a special layout always agrees. On a GPU there are candidates
+    that `torch.compile` makes; one that cannot be compiled there is left out.
     """
     images = images.detach().float()
     labels = _runner_up(model, images)
     plain = _Timed(lambda x: _plain(model, x), images, labels)
-    forwards = {
-        (precision, layout): _Timed(make(model, precision=precision, channels_last=layout), images, labels)
-        for precision, layout in _CANDIDATES
-    }
+    forwards: dict[tuple[str, bool, bool], _Timed] = {}
+    for key in (*_CANDIDATES, *(_COMPILED if images.is_cuda else ())):
+        precision, layout, compiled = key
+        with suppress(Exception) if compiled else nullcontext():  # whatever a compiler that is missing raises
+            made = make(model, precision=precision, channels_last=layout, **({"compiled": True} if compiled else {}))
+            forwards[key] = _Timed(made, images, labels)
     began = time.perf_counter()
     while True:
         for timed in (plain, *forwards.values()):
@@ -94,16 +101,16 @@ def choose(model: nn.Module, images: Tensor, make: Callable[..., Callable[[Tenso
     measured = {_name(*key): timed.against(plain.gradient) for key, timed in forwards.items()}
     exact = _CANDIDATES[0]
     possible = [key for key in forwards if key == exact or _agrees(measured[_name(*key)])]
-    precision, layout = min(possible, key=lambda key: forwards[key].seconds)
-    return Choice(precision, layout, measured, plain.seconds)
+    precision, layout, compiled = min(possible, key=lambda key: forwards[key].seconds)
+    return Choice(precision, layout, measured, plain.seconds, compiled)
 
 
 def _agrees(found: Measured) -> bool:
     return found.signs >= LEAST_SIGNS and found.cosine >= LEAST_COSINE
 
 
-def _name(precision: str, channels_last: bool) -> str:
-    return f"{precision}, channels-last" if channels_last else precision
+def _name(precision: str, channels_last: bool, compiled: bool) -> str:
+    return precision + ", channels-last" * channels_last + ", compiled" * compiled
 
 
 def _plain(model: nn.Module, x: Tensor) -> Tensor:

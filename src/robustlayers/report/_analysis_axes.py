@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from robustlayers.analysis._axes import round_ticks
 from robustlayers.report import style
 from robustlayers.report.figures import Drawing
 
@@ -75,9 +76,9 @@ def head(axes: Axes, title: str, metric: str) -> None:
         if high - low < 1:
             low, high = (low + high) / 2 - 0.5, (low + high) / 2 + 0.5
         axes.set_ylim(10 ** (low - 0.1), 10 ** (high + 0.1))
-        marks = range(math.ceil(low - 0.1), math.floor(high + 0.1) + 1)
-        step = -(-len(marks) // 3)
-        axes.yaxis.set_major_locator(FixedLocator([10.0**exponent for exponent in marks[::step]]))
+        decades = [10.0**exponent for exponent in range(math.ceil(low - 0.1), math.floor(high + 0.1) + 1)]
+        marks = decades if len(decades) > 1 else round_ticks(10 ** (low - 0.1), 10 ** (high + 0.1))
+        axes.yaxis.set_major_locator(FixedLocator(marks[:: -(-len(marks) // 3)]))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from robustlayers.analysis._axes import round_ticks
 from robustlayers.report import style
 from robustlayers.report._analysis_axes import empty, head, legend, line
 from robustlayers.study.summary import Summary
@@ -102,9 +103,7 @@ def rates(arms: Sequence[str], place: Mapping[str, int], rows: Sequence[Mapping[
     if high - low < 1:
         low, high = (low + high) / 2 - 0.5, (low + high) / 2 + 0.5
     axes.set_xlim(10 ** (low - 0.1), 10 ** (high + 0.1))
-    axes.xaxis.set_major_locator(
-        FixedLocator([10.0**k for k in range(math.ceil(low - 0.1), math.floor(high + 0.1) + 1)])
-    )
+    axes.xaxis.set_major_locator(FixedLocator(round_ticks(10 ** (low - 0.1), 10 ** (high + 0.1))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_yticks(range(len(lines)), [style.plain(f"{p}: {g}", 24) for p, g in lines], parse_math=False)

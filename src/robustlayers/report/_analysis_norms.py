@@ -63,9 +63,11 @@ def draw(summary: Summary, shown: Sequence[Analyzed], suffix: str) -> list[Panel
     ]
     moments = {arm: list(dict.fromkeys(str(row["moment"]) for row in rows if row["arm"] == arm)) for arm in arms}
     if all(len(names) > 1 for names in moments.values()):
+        whole = _whole(rows)
         with style.drawing():
-            text = slim(to_svg(_over_time(arms, place, moments, rows)))
-        data = [row for row in rows if row["layer"] == "all"]
+            text = slim(to_svg(_over_time(arms, place, moments, whole)))
+        keys = ("arm", "moment", "pass", "metric")
+        data = [{**dict(zip(keys, key, strict=True)), "value": value} for key, value in whole.items()]
         panels.append(
             Panel("Over time", _TIME_CAPTION, [Drawing(f"inside-norms-time{suffix}", "Over time", "", data, text)])
         )
@@ -113,15 +115,27 @@ def _across(
     return figure
 
 
+def _whole(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], float]:
+    """Return (arm, moment, pass, metric) -> the value of the whole net, else the mean over its layers."""
+    shown = {(kind[0], kind[1]) for kind in _NORM_PANELS}
+    found: dict[tuple[str, ...], list[float]] = {}
+    whole: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        if (row["pass"], row["metric"]) in shown and row["value"] is not None:
+            key = (str(row["arm"]), str(row["moment"]), str(row["pass"]), str(row["metric"]))
+            if row["layer"] == "all":
+                whole[key] = float(row["value"])
+            else:
+                found.setdefault(key, []).append(float(row["value"]))
+    return {key: math.fsum(values) / len(values) for key, values in found.items()} | whole
+
+
 def _over_time(
     arms: Sequence[str],
     place: Mapping[str, int],
     moments: Mapping[str, Sequence[str]],
-    rows: Sequence[Mapping[str, Any]],
+    whole: Mapping[tuple[str, ...], float],
 ) -> Figure:
-    whole = {
-        (row["arm"], row["moment"], row["pass"], row["metric"]): row["value"] for row in rows if row["layer"] == "all"
-    }
     kinds = [kind for kind in _NORM_PANELS if any(key[2:] == kind[:2] for key in whole)]
     names = max(moments.values(), key=len)
     figure = empty(70.0 + 108.0 * len(kinds) + 16 * math.ceil(len(arms) / 2), "")
