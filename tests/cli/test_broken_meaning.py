@@ -60,8 +60,8 @@ CASES = {
     ),
     "attack of the evaluation": (
         "[pgd-3]",
-        "[pgd-3, autoattack]",
-        f"31: evaluate.attacks.1: unknown attack 'autoattack'; {ATTACKS}",
+        "[pgd-3, deepfool]",
+        f"31: evaluate.attacks.1: unknown attack 'deepfool'; {ATTACKS}",
     ),
     "same attack twice": (
         "[pgd-3]",

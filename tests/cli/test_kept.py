@@ -162,4 +162,4 @@ def test_an_evaluation_that_was_stopped_is_looked_at_too(call, folder: Path) -> 
 def test_a_folder_of_neither_kind(refused, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (line,) = refused("verify", "empty")
-    assert line == "empty: no study and no evaluation here: it has neither plan.json nor result.json"
+    assert line == "empty: no study here: it has no plan.json; and no evaluation: it has no result.json"

@@ -22,7 +22,7 @@ def verify(
 
     study = (folder / "plan.json").exists()
     if not study and not is_evaluation(folder):
-        text = "no study and no evaluation here: it has neither plan.json nor result.json"
+        text = "no study here: it has no plan.json; and no evaluation: it has no result.json"
         raise UserError(Fault(text, file=str(folder)))
     if not study:
         faults, said = verify_evaluation(folder)
