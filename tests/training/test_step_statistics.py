@@ -442,9 +442,10 @@ def test_auxiliary_crafting_attacks_the_auxiliary_branch_in_the_folded_forward()
     step = step_of(model, ALL, BOTH, ADVPROP)
     log, turn = type("Log", (), {"forward_passes": 0, "backward_passes": 0})(), Turn()
     for _ in range(2):  # the second with the fold that the first made
-        found = step._craft(x, y, stream(0, "attack"), 1.0, step.binding(turn), log)
+        found = step._crafting(x, y, stream(0, "attack"), 1.0, step.binding(turn), log, 0)
         assert torch.allclose(found, expected, rtol=0, atol=1e-9)
-    assert step._folded is not None and step._folded.folded == 1 and list(step._folded.as_it_is) == ["1"]
+    folded = step._crafting._folded
+    assert folded is not None and folded.folded == 1 and list(folded.as_it_is) == ["1"]
     foreign = step_of(model, ALL, BOTH, ADVPROP, attack)
     foreign.gradients(x, y, generator=stream(0, "attack"))
     assert torch.allclose(seen[0], expected, rtol=0, atol=1e-12)

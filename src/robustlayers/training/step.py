@@ -13,34 +13,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustlayers.attacks.guard import guard
-from robustlayers.attacks.registry import is_own
 from robustlayers.core.errors import Fault, UserError, one_of
-from robustlayers.core.random import stream
 from robustlayers.normalization.context import normalizing, statistics_of
-from robustlayers.normalization.fold import CraftingForward, crafting_forward
 from robustlayers.normalization.habits import habit
 from robustlayers.normalization.layers import RandomNorm, seed_draws
 from robustlayers.normalization.policy import NormPolicy
-from robustlayers.normalization.precision import PRECISIONS, Choice
+from robustlayers.normalization.precision import Choice
 from robustlayers.selection.inventory import norm_layers
 from robustlayers.selection.partition import Partition
 from robustlayers.training.ascent import Ascent, bind, climb, parse_ascent, perturbed, stationary
 from robustlayers.training.binding import Binding, Shares
+from robustlayers.training.crafting import Attack, Crafting, scaled
 from robustlayers.training.objectives import Signal, parse_signal
-from robustlayers.training.precision import PRECISIONS as UPDATES
-from robustlayers.training.precision import Layout, computing
+from robustlayers.training.precision import PRECISIONS, Layout, computing
 
 __all__ = ["WHOLE", "Attack", "Gradients", "PartialStep", "StepLog", "Turn", "scaled"]
-
-Attack = Callable[..., Tensor]
-"""`attack(forward, x, y, *, generator) -> x_adv`"""
 
 Average = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
 """`average(gradients by name, all tensors that may have one) -> gradients by name`"""
@@ -141,7 +134,7 @@ class PartialStep:
     ) -> None:
         if partition.model is not model:
             raise UserError("the partition was bound to another model")
-        self.model, self.partition, self.optimizer, self.attack = model, partition, optimizer, attack
+        self.model, self.partition, self.optimizer = model, partition, optimizer
         self.average = average
         self.policy = habit(policy) if isinstance(policy, str) else policy or NormPolicy()
         self._snapshot = statistics_of(norm_layers(model).values()) if _freezes(self.policy) else {}
@@ -149,14 +142,13 @@ class PartialStep:
         self.seed = seed
         self.steps = 0
         self.reached: set[str] = set()  # tensors that got a gradient in any step
-        if crafting not in PRECISIONS:
-            raise UserError(one_of("crafting", crafting, PRECISIONS))
-        if precision not in UPDATES:
-            raise UserError(one_of("precision", precision, UPDATES))
-        self.crafting, self.precision = crafting, precision
+        if precision not in PRECISIONS:
+            raise UserError(one_of("precision", precision, PRECISIONS))
+        self.precision = precision
         self._layout = Layout(model)
-        self._folded: CraftingForward | None = None
-        self._choice: Choice | None = None
+        self._crafting = Crafting(
+            model, attack, precision=crafting, seed=seed, layout=self._layout, frozen=self._snapshot
+        )
         self.signals = _signals(partition, signals)
         if not any(self.signals.values()):
             raise UserError("every group is frozen: nothing to train")
@@ -219,18 +211,27 @@ class PartialStep:
             forward += steps * len(binding.passes)
             backward += steps * sum(map(bool, binding.climbs.values()))
         if "adversarial" in binding.passes and turn.eps > 0:
-            forward += getattr(self.attack, "forward_passes", 0) + self._scores(binding, self.attack)
-            backward += getattr(self.attack, "backward_passes", 0)
+            crafted = self._crafting.passes(binding)
+            forward, backward = forward + crafted[0], backward + crafted[1]
         return forward, backward
+
+    @property
+    def attack(self) -> Attack | None:
+        """The attack of the adversarial pass."""
+        return self._crafting.attack
+
+    @attack.setter
+    def attack(self, attack: Attack | None) -> None:
+        self._crafting.attack = attack
 
     @property
     def choice(self) -> Choice | None:
         """What `crafting="auto"` stands for, once a batch was crafted; set it before to have it so, as in a resume."""
-        return self._choice
+        return self._crafting.choice
 
     @choice.setter
     def choice(self, choice: Choice | None) -> None:
-        self._choice, self._folded = choice, None
+        self._crafting.choice = choice
 
     def binding(self, turn: Turn = WHOLE) -> Binding:
         """Return what a step of this turn computes; made once for each set of groups."""
@@ -259,7 +260,7 @@ class PartialStep:
         forwards = dict.fromkeys((*passes, *binding.extra), 1)
         crafts = "adversarial" in binding.passes and turn.eps > 0
         forwards["craft"] = getattr(self.attack, "forward_passes", 0) if crafts else 0
-        forwards["score"] = int(crafts and self._scores(binding, self.attack))
+        forwards["score"] = int(crafts and self._crafting.scores(binding))
         made = [(binding.settings[name], count) for name, count in forwards.items() if count]
         if self._ascends(binding, turn) and self.ascent is not None:
             # The first of the forwards of each pass is at the weights as they are.
@@ -270,11 +271,6 @@ class PartialStep:
             for module in binding.settings["craft"]
             if any(buffer is not None for buffer in module._buffers.values())
         }
-
-    @staticmethod
-    def _scores(binding: Binding, attack: Any) -> bool:
-        """Tell whether what was crafted is scored by a forward more: an attack that compares iterates has made it."""
-        return "score" in binding.extra and is_own(attack) and getattr(attack, "keep", None) == "last"
 
     @staticmethod
     def _ascends(binding: Binding, turn: Turn) -> bool:
@@ -309,7 +305,7 @@ class PartialStep:
         if self._draws:
             seed_draws(self.model, *self._place(generator))
         if "adversarial" in binding.passes:
-            inputs["adversarial"] = self._craft(x, y, generator, turn.eps, binding, log)
+            inputs["adversarial"] = self._crafting(x, y, generator, turn.eps, binding, log, self.steps)
         gradients = self._slopes(inputs, y, turn, binding, log)
         self._extra("again", x, y, binding, log)
         return Gradients(gradients, log)
@@ -403,60 +399,6 @@ class PartialStep:
             self.reached.update(averaged)
         return averaged
 
-    def _craft(
-        self, x: Tensor, y: Tensor, generator: torch.Generator | None, eps: float, binding: Binding, log: StepLog
-    ) -> Tensor:
-        attack = self.attack
-        assert attack is not None  # checked by the constructor
-        if eps == 0:
-            return x
-        if eps != 1:
-            attack = scaled(attack, eps)
-        if generator is None:
-            generator = stream(self.seed, "attack", self.steps, device=x.device)
-        settings = binding.settings["craft"]
-        forward: Callable[[Tensor], Tensor] = self.model
-        own = is_own(attack)
-        if own and all(setting.still for setting in settings.values()):
-            # The same function of x with norm layers folded away, at a fraction of the cost. A layer with branches runs as
-            # it is, so that the branch that crafts, which is chosen below, is the one that is attacked.
-            if self._folded is None:
-                self._folded = crafting_forward(self.model, precision=self.crafting)
-                if self.crafting == "auto":
-                    self._choice = self._folded.settle(x, self._choice)
-            self._folded.refresh()
-            forward = self._folded
-        with guard(self.model, keep_statistics=binding.crafting_updates), self._kept(binding):
-            # An attack of somebody else may call train() or eval(): the norm layers do as they were told all the same.
-            with normalizing(self.model, settings, training=False, frozen=self._snapshot, strict=not own):
-                x_adv = attack(forward, x, y, generator=generator).detach()
-            if self._scores(binding, attack):
-                with (
-                    normalizing(self.model, binding.settings["score"], training=False, frozen=self._snapshot),
-                    torch.no_grad(),
-                ):
-                    self.model(x_adv)
-                log.forward_passes += 1
-        log.forward_passes += getattr(attack, "forward_passes", 0)
-        log.backward_passes += getattr(attack, "backward_passes", 0)
-        return x_adv
-
-    @staticmethod
-    @contextmanager
-    def _kept(binding: Binding) -> Iterator[None]:
-        """Put back what crafting did to the statistics of layers that it may not move, while it moves others'."""
-        modules = binding.still if binding.crafting_updates else []
-        before = [(module, dict(module._buffers)) for module in modules]
-        values = [{name: t.detach().clone() for name, t in own.items() if t is not None} for _, own in before]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for (module, buffers), copies in zip(before, values, strict=True):
-                    module._buffers.update(buffers)
-                    for name, value in copies.items():
-                        module.get_buffer(name).copy_(value)
-
     def _extra(self, name: str, x: Tensor, y: Tensor, binding: Binding, log: StepLog) -> None:
         """Make a forward of the clean images that only moves statistics, if the policy has it."""
         if name not in binding.extra:
@@ -521,13 +463,3 @@ def _signals(partition: Partition, signals: Mapping[str, str | Mapping[str, floa
     if faults:
         raise UserError(faults)
     return {group: parse_signal(signals[group]) for group in partition.groups}
-
-
-def scaled(attack: Any, factor: float) -> Any:
-    """Return one of our attacks with its eps and its step size multiplied by a factor above 0."""
-    if not is_own(attack):
-        raise UserError(f"{type(attack).__name__} is no attack of ours: its eps cannot follow a schedule")
-    changes: dict[str, Any] = {"threat": replace(attack.threat, eps=attack.threat.eps * factor)}
-    if getattr(attack, "step_size", None) is not None:
-        changes["step_size"] = attack.step_size * factor
-    return replace(attack, **changes)
