@@ -47,7 +47,7 @@ def test_values_are_read_like_those_of_a_study(call):
         (["bakiskn"], ["unknown preset 'bakiskn'; nearest: bakiskan; allowed: bakiskan, frankle, ..."]),
         (["bakiskan"], ["code: is missing; allowed: A1N2, ..."]),
         (["bakiskan", "code=A1N3", "cut=a", "epochs=[1]"], ["code: unknown value 'A1N3'; nearest: A1N2, ..."]),
-        (["walter-b", "adapt.attak=fgsm"], ["adapt.attak: unknown setting of a phase 'attak'; nearest: attack; ..."]),
+        (["walter-b", "adapt.attak=fgsm"], ["adapt.attak: unknown setting of a phase 'attak'; nearest: attack"]),
         (["walter-b", "epochs"], ["walter-b: 'epochs' is not NAME=VALUE, such as epochs=5"]),
         (
             ["walter-b", "epochs=[", "a..b=1"],

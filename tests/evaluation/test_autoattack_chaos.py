@@ -92,7 +92,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path, kills: int, batch
     whole.wait_for(1)
     to_first, began = time.monotonic() - began, time.monotonic()
     assert whole.end() == 0, whole.err.read_text()
-    pace, lines = (time.monotonic() - began) / whole.shards, whole.out.read_text().splitlines()
+    pace = (time.monotonic() - began) / whole.shards
     assert whole.shards > 6 * kills, "too few shards for kills to fall between them"
 
     folder, kept = tmp_path / "killed", 0
@@ -111,7 +111,8 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path, kills: int, batch
         kept = run.shards
     last = _Run(folder, script, batch)
     assert last.end() == 0, last.err.read_text()
-    assert kept > 0 and len(last.out.read_text().splitlines()) < len(lines), "nothing had been kept"
+    first = last.out.read_text().splitlines()[1].split()  # name of an attack, images that are done
+    assert kept > 0 and (first[0] != "apgd-ce-12" or int(first[1]) > 0), "nothing had been kept"
     assert _outcome(folder) == _outcome(tmp_path / "whole")
     assert not list(folder.rglob(".tmp-*")) and not list(folder.rglob("*.damaged"))
     assert 0 < sum(_outcome(folder)[1]["robust"]) < 96

@@ -319,7 +319,7 @@ def test_a_net_without_norm_layers(run: Callable[..., Any], tmp_path: Path) -> N
     assert any("no norm layer" in note for note in planned.notes)
     assert "norms" not in {job.analysis.name for job in planned.left}
     look(store, Asked(what=["signal"], images=12))
-    assert {row["part"] for row in table(store, "signal")} == {"ratio", "channels"}
+    assert {row["part"] for row in table(store, "signal")} == {"ratio", "channels", "excess"}
 
 
 def test_numbers_are_written_as_people_read_them() -> None:

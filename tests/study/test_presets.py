@@ -329,7 +329,7 @@ GROUPS = {"early": "stem"}
         (
             {"walter-a": {"all": 3, "adapt": {"train": {}, "epochs": 3, "atack": "pgd", "start": {}}}},
             [
-                "phases.walter-a.adapt.atack: unknown setting of a phase 'atack'; nearest: attack; ...",
+                "phases.walter-a.adapt.atack: unknown setting of a phase 'atack'; nearest: attack",
                 "phases.walter-a.adapt.epochs: stands beside, for all phases: epochs: [3, 2]",
                 "phases.walter-a.adapt.start: is for the preset to say; write the phases out as a list to change it",
                 "phases.walter-a.adapt.train: is for the preset to say; write the phases out as a list to change it",
