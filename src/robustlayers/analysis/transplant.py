@@ -86,8 +86,10 @@ class Transplants:
             for column, value in enumerate(row):
                 ink = "white" if value < 50 else "black"
                 axes.text(column, place, f"{value:.1f}", ha="center", va="center", color=ink, fontsize="small")
-        labels = [f"{kind.removesuffix('_accuracy')},\nin {host}" for host, kind in columns]
-        axes.set_xticks(range(len(columns)), labels)
+        axes.set_xticks(range(len(columns)), [kind.removesuffix("_accuracy") for _, kind in columns])
+        middles = [place * len(kinds) + (len(kinds) - 1) / 2 for place in range(len(self.names))]
+        axes.set_xticks([middle + 1e-3 for middle in middles], [f"\nin {name}" for name in self.names], minor=True)
+        axes.tick_params(axis="x", which="minor", length=0)
         axes.set_yticks(range(len(groups)), groups)
         axes.set_ylabel("group from the other net")
         axes.set_title("accuracy, %", fontsize="medium")
