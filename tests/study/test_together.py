@@ -172,9 +172,15 @@ def test_all_processes_end_with_the_main_ones_code(monkeypatch: pytest.MonkeyPat
     def joined(device: torch.device) -> Iterator[Ranks]:
         yield Told(1, "3")
 
+    def leave(code: int) -> None:
+        raise Left(code)
+
     monkeypatch.setattr(shared, "joined", joined)
+    monkeypatch.setattr(shared.os, "_exit", leave)
     monkeypatch.setattr(shared.signal, "signal", lambda number, action: None)
-    assert shared.together("cpu", lambda ranks, device: 0) == 3
+    with pytest.raises(Left) as left:
+        shared.together("cpu", lambda ranks, device: 0)
+    assert left.value.args == (3,)
 
 
 # -- one process, and what it would hear -----------------------------------------------------------------------------
@@ -190,6 +196,9 @@ class Told(Ranks):
     def tell(self, value: object = None) -> object:
         self.told.append(value)
         return value if self.main else self.given.pop(0)
+
+    def wait(self) -> None:
+        """All are here."""
 
 
 def task(key: str, made: list[str], error: Exception | None = None, needs: tuple[str, ...] = ()) -> Task:

@@ -17,7 +17,7 @@ __all__ = ["together"]
 
 
 def together(device: str, work: Callable[[Ranks, str], int]) -> int:
-    """Do `work(ranks, this process's device)` in all processes and return what the main one's returned, in each.
+    """Do `work(ranks, this process's device)` in all processes and end each with what the main one's returned.
 
     If one fails, it says so in one line and ends, and `torchrun` ends the others: they may be waiting for it in the middle
     of an exchange, which no exception reaches. For the same reason signals end a process at once; the store can bear that.
@@ -27,13 +27,16 @@ def together(device: str, work: Callable[[Ranks, str], int]) -> int:
     where = pick_device(device)
     with joined(where) as ranks:
         try:
-            return int(ranks.tell(work(ranks, str(where))))
+            code = int(ranks.tell(work(ranks, str(where))))
+            ranks.wait()
         except Exception as error:
             # The first one knows the cause; the others have lost the connection to it, or found the same.
             code = _tell(error, ranks) if ranks.first() or not str(error) else 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # without waiting for exchanges that will never end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: after a failure, exchanges will never end; after success, gloo's threads abort a process that is still
+        # closing its connections when another one has gone.
+        os._exit(code)
 
 
 def _tell(error: Exception, ranks: Ranks) -> int:
