@@ -93,7 +93,9 @@ class Ranks:
 
     def wait(self) -> None:
         """Wait until all are here."""
-        self.total(torch.zeros(()))  # a sum needs every one; of a broadcast the main process would not wait for the others
+        self.total(
+            torch.zeros(())
+        )  # a sum needs every one; of a broadcast the main process would not wait for the others
 
     def first(self) -> bool:
         """Tell whether no other process has asked yet: of several that fail of one thing, one says so."""
