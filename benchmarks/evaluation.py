@@ -3,7 +3,8 @@
 The task of each: robust accuracy of the pretrained ResNet-20 on images of cifar10-jpeg, in batches, in float32. Theirs attack
 every image; ours those that are right without an attack, and with early exit an image leaves its batch once it is broken.
 Neither changes the number that is asked for. The eps is one that about half of the images survive; the images that survive
-must be equally many within sampling error:
+must be equally many within sampling error, and the mean loss of ours not lower, where ours keeps the last iterate as theirs do
+(adv-lib gives images that it did not break back unchanged):
 
     python benchmarks/evaluation.py --threads 2 --write
 """
@@ -17,6 +18,7 @@ import peers
 import torch
 from measuring import Task
 from torch import Tensor
+from torch.nn import functional
 
 import robustlayers as rl
 
@@ -38,6 +40,25 @@ def by_us(task: Task, eps: float, steps: int, batch: int, *, early: bool) -> Cal
     """Return our evaluation."""
     attack = rl.PGD(rl.Linf(eps), steps=steps, step_size=eps / 4, early_exit=early)
     return lambda: rl.correct(task.model, task.x, task.y, attack, batch_size=batch)
+
+
+def losses(task: Task, craft: measuring.Craft, batch: int) -> Tensor:
+    """Return the cross-entropy of the plain model on what was crafted for each image, which tells strength more finely."""
+    found = []
+    for x, y in zip(task.x.split(batch), task.y.split(batch), strict=True):
+        x_adv = craft(x, y)
+        with torch.no_grad(), rl.inference(task.model):
+            found.append(functional.cross_entropy(task.model(x_adv), y, reduction="none"))
+    return torch.cat(found)
+
+
+def compared(mine: Tensor, theirs: Tensor) -> str:
+    """Return a mean loss and by how much ours is higher, image by image; `ValueError` if lower by three errors."""
+    more = mine - theirs
+    error = float(more.std() / len(more) ** 0.5)
+    if float(more.mean()) < -3 * error:
+        raise ValueError(f"ours is weaker: its loss is lower by {-float(more.mean()):.3g} (standard error {error:.2g})")
+    return f"{float(theirs.mean()):.3f} (ours more by {float(more.mean()):+.3f}, standard error {error:.3f})"
 
 
 def main() -> None:
@@ -71,6 +92,10 @@ def main() -> None:
     )
     for name in runs:
         measuring.agree(name, left[name], "ours", left["ours"])
+    attack = rl.PGD(rl.Linf(eps), steps=arguments.steps, step_size=eps / 4, keep="last")
+    mine = losses(task, lambda x, y: attack(task.model, x, y), arguments.batch)
+    strength = {name: compared(mine, losses(task, craft, arguments.batch)) for name, craft in crafts.items()}
+    strength["ours"] = f"{float(mine.mean()):.3f}"
     middle = {name: measuring.spread(seconds).median for name, seconds in spent.items()}
     fastest = min(crafts or {"ours": None}, key=lambda name: middle[name])
     rows = [
@@ -80,11 +105,13 @@ def main() -> None:
             f"{len(task.y) / middle[name]:.0f}",
             measuring.ratio(spent[fastest], seconds).text(),
             f"{int(left[name].sum())} of {len(task.y)}",
+            strength.get(name, ""),
         ]
         for name, seconds in spent.items()
     ]
     speed = measuring.table(
-        ["PGD of", "s (quartiles)", "images/s", f"times as fast as {fastest} (quartiles)", "images left"], rows
+        ["PGD of", "s (quartiles)", "images/s", f"times as fast as {fastest} (quartiles)", "images left", "mean loss"],
+        rows,
     )
     settings = f"PGD-{arguments.steps}, linf {255 * eps:.2g}/255, {task}, batches of {arguments.batch}"
     measuring.publish("evaluation", f"{settings}. {head}\n\n{speed}", write=arguments.write)
