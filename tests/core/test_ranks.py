@@ -76,3 +76,16 @@ def test_each_process_of_a_machine_gets_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"processes on a machine with 2 CUDA device\(s\)"):
         pick_device("auto")
+
+
+def test_the_main_process_too_waits_for_the_others(monkeypatch):
+    """Of a broadcast it would not: it could leave, and close connections, while others are still on their way."""
+    import torch.distributed as dist
+
+    made = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: made.append("all_reduce"))
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: made.append("broadcast"))
+    Ranks(0, 2).wait()
+    assert made == ["all_reduce"]
+    ALONE.wait()
+    assert made == ["all_reduce"]

@@ -147,3 +147,15 @@ def test_layout_changes_gradients_by_rounding_only(monkeypatch: pytest.MonkeyPat
     plain = _step(_net().double()).gradients(x, y).by_name
     for name, gradient in plain.items():
         torch.testing.assert_close(last[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_the_step_trains_on_images_that_are_laid_out() -> None:
+    net, seen = _net(), []
+    first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+    first.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    step = _step(net)
+    step._layout._free = True  # a hook on a layer makes the trace give up
+    step.gradients(*_batch())
+    assert seen == [True]
