@@ -1,23 +1,19 @@
 """What does a step cost in which only a part of the network learns? Seconds against the full step, and gradients computed.
 
-Rounds of all parts follow each other in turn, and each ratio is taken round by round, so that another load on the machine
-meets all alike. Gradients are counted as torch computes them: `convolution_backward` and the backward passes of norm layers
-say by their output mask whether they make a gradient of the input, the weight, or both. Prints Markdown tables of medians:
+Steps of all parts follow each other in turn. Gradients are counted as torch computes them: `convolution_backward` and the
+backward passes of norm layers say by their output mask whether they make a gradient of the input, the weight, or both:
 
-    python benchmarks/partial_step.py --threads 1 --rounds 7
+    python benchmarks/partial_step.py --threads 2 --write
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import measuring
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import robustlayers as rl
@@ -97,69 +93,46 @@ def make_step(model: nn.Module, part: str, objective: str, steps: int) -> Partia
     )
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Return the time of one call, the device's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def measure(name: str, objective: str, rounds: int, steps: int, device: torch.device) -> list[str]:
+def measure(
+    name: str, objective: str, steps: int, rounds: int, clock: Callable[[], float], device: torch.device
+) -> list[list[object]]:
     """Return the rows of one network and objective."""
     family, options, size, shape = CASES[name]
     model = build(family, seed=0, **options).to(device)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(size, *shape, generator=generator).to(device)
     y = torch.randint(10, (size,), generator=generator).to(device)
-    made = {part: make_step(model, selector or LAST[family], objective, steps) for part, selector in PARTS.items()}
 
-    def once(step: PartialStep, x: Tensor = x, y: Tensor = y) -> Callable[[], object]:
+    def once(part: str) -> Callable[[], object]:
+        step = make_step(model, PARTS[part] or LAST[family], objective, steps)
         return lambda: step(x, y)
 
-    spent: dict[str, list[float]] = {part: [] for part in made}
-    for number in range(rounds + 1):
-        for part, step in made.items():
-            found = seconds(once(step), device)
-            if number:  # the first round warms up
-                spent[part].append(found)
-    rows = []
-    for part, step in made.items():
-        ratios = sorted(p / f for p, f in zip(spent[part], spent["everything"], strict=True))
-        counts = count(model, once(step))
-        rows.append(
-            f"| {name} | {objective} | {part} | {1000 * statistics.median(spent[part]):.0f} "
-            f"| {statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} "
-            f"| {counts.weights} | {counts.inputs} |"
-        )
+    runs = {part: once(part) for part in PARTS}
+    spent = measuring.interleaved(runs, rounds, clock, device)
+    rows: list[list[object]] = []
+    for part, run in runs.items():
+        share = measuring.ratio(spent[part], spent["everything"])
+        rows.append([name, objective, part, measuring.spread(spent[part]).text(3), share.text(), *count(model, run)])
     return rows
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--device", default="cpu")
+    parser = measuring.options(__doc__)
+    parser.add_argument("--steps", type=int, default=10, help="of PGD, where the objective is adversarial")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    print(
-        f"adversarial: PGD-{arguments.steps}; {arguments.rounds} rounds, {arguments.threads} thread(s), "
-        f"torch {torch.__version__}, {platform.machine()}, {device}\n"
-    )
-    print(
-        "| network, batch | objective | what learns | ms | to everything | range | weight gradients | input gradients |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    device, clock = torch.device(arguments.device), measuring.clock_of(arguments)
+    head = measuring.machine(arguments)
+    print(head, flush=True)
+    rows = []
     for name in CASES:
         for objective in ("natural", "adversarial"):
-            for row in measure(name, objective, arguments.rounds, arguments.steps, device):
-                print(row, flush=True)
+            rows += measure(name, objective, arguments.steps, arguments.rounds, clock, device)
+            print(rows[-1], flush=True)
+    columns = ["network, batch", "objective", "what learns", "s (quartiles)", "of everything (quartiles)"]
+    text = measuring.table([*columns, "weight gradients", "input gradients"], rows)
+    measuring.publish("partial step", f"adversarial: PGD-{arguments.steps}. {head}\n\n{text}", write=arguments.write)
 
 
 if __name__ == "__main__":

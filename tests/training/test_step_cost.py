@@ -1,6 +1,6 @@
 """A step makes the passes it needs and no more, and each backward stops at the shallowest tensor that learns."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -214,12 +214,9 @@ def test_an_attack_without_counts_counts_as_none(net, batch):
 @pytest.fixture(scope="module")
 def partial_step():
     """The benchmark, whose counting of computed gradients is tested here."""
-    path = Path(__file__).parents[2] / "benchmarks" / "partial_step.py"
-    spec = importlib.util.spec_from_file_location("partial_step", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:  # scripts import one another by name
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+        return importlib.import_module("partial_step")
 
 
 # The net in order: conv1 bn1 layer1.conv1 layer1.bn1 layer2.conv1 layer2.bn1 linear. Expected: gradients of weights and of
