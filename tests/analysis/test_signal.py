@@ -8,7 +8,7 @@ from torch import nn
 
 from robustlayers.analysis._axes import round_ticks
 from robustlayers.analysis.activations import activations
-from robustlayers.analysis.signal import NORMS, ChannelSpread, SignalExcess, signal_ratio
+from robustlayers.analysis.signal import NORMS, SignalExcess, signal_ratio
 from robustlayers.core.errors import UserError
 
 
@@ -137,7 +137,7 @@ def test_the_plot_has_a_ridge_for_each_layer_and_perturbation(net, batch):
     ridges = [line for line in axes.lines if len(line.get_xdata()) > 2]
     assert len(ridges) == 2 * len(found.layers)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
-    assert axes.get_xscale() == "log" and axes.get_xlabel() == "perturbation / signal, l1"
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "perturbation / signal of an image, l1"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["stem", "stage 1", "stage 2", "stage 3", "head"]
 
 
@@ -171,8 +171,13 @@ def test_a_channel_that_carries_the_perturbation_is_at_the_end_of_the_spread():
     found = signal_ratio(layer, x, {"d": moved})
     assert np.allclose(found.spread("d")[0], [0.02, 0.02, 0.02, 0.02, 0.2])
     assert np.allclose(found.spread("d", "linf", (0.0, 1.0))[0], [0.02, 0.2])
-    axes = ChannelSpread(found.layers, {"d": found.spread("d")}).plot()
-    (dots,) = (line for line in axes.lines if line.get_label() == "d")
-    assert np.allclose(dots.get_xdata(), [0.02])
+    axes = found.by_channel().plot()
+    (ridge,) = (line for line in axes.lines if line.get_label() == "d")
+    heights = 0.45 - np.asarray(ridge.get_ydata())  # the layer stands at 0, its ridge grows upwards
+    places = np.asarray(ridge.get_xdata())
+    top, tail = places[heights.argmax()], heights[np.abs(places / 0.2 - 1).argmin()]
+    assert top == pytest.approx(0.02, rel=0.1)
+    between = heights[np.abs(places / 0.1 - 1).argmin()]
+    assert 0.15 < tail / heights.max() < 0.5 and between < tail  # one channel of five, a hill of its own
     with pytest.raises(UserError, match="unknown perturbation 'e'"):
         found.spread("e")

@@ -7,6 +7,7 @@ from torch import nn
 
 from robustlayers import models
 from robustlayers.analysis import CKA, Contrast, Crossing, Layer, SameLayer, cka, cka_views
+from robustlayers.analysis._axes import INK
 from robustlayers.core.errors import UserError
 
 
@@ -106,7 +107,7 @@ def test_lines_and_tables_without_a_number_are_drawn():
     layers = made(np.eye(2)).rows_layers
     same = SameLayer(layers, {"a": np.array([np.nan, np.nan])})
     assert same.plot() and [row["similarity"] for row in same.rows()] == [None, None]
-    assert Crossing(layers, ("a",), ("b",), np.full((1, 1, 2), np.nan)).plot().texts[0].get_color() == "white"
+    assert Crossing(layers, ("a",), ("b",), np.full((1, 1, 2), np.nan)).plot().texts[0].get_color() == INK
 
 
 def test_a_contrast_is_one_minus_the_other_and_finds_where_they_differ_most():
@@ -118,5 +119,6 @@ def test_a_contrast_is_one_minus_the_other_and_finds_where_they_differ_most():
     assert (row["similarity"], row["other_similarity"], row["difference"]) == (0.5, 0.9, pytest.approx(-0.4))
     (image,) = contrast.plot().images
     assert image.get_clim() == pytest.approx((-0.4, 0.4))
+    assert contrast.plot(reach=0.7).images[0].get_clim() == (-0.7, 0.7)
     nothing = Contrast(one, one).plot().images[0]
     assert nothing.get_clim() == (-0.05, 0.05)  # noise must not fill the range of colors

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from robustlayers.attacks import APGD, FGSM, L2, LOSSES, PGD, Linf, Noise, Threat, guard, is_correct
+from robustlayers.attacks import APGD, FGSM, L2, LOSSES, MIM, PGD, RFGSM, Linf, Noise, Threat, guard, is_correct
 from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream
 
@@ -371,6 +371,9 @@ def test_noise_is_a_draw_of_the_ball_and_its_worst_of_several(trained):
         (lambda: PGD(Linf(0.1), step_size=0), "step_size"),
         (lambda: PGD(Linf(0.1), step_size="-1/255"), "step_size"),
         (lambda: PGD(Linf(0.1), step_size="x"), "step_size"),
+        (lambda: PGD(Linf(0.1), step_size=2), "step_size: 2 is not allowed; allowed: at most 1"),
+        (lambda: MIM(Linf(0.1), step_size=2), "step_size: 2 is not allowed; allowed: at most 1"),
+        (lambda: RFGSM(Linf(0.1), step_size=10), "step_size: 10 is not allowed; allowed: at most 1"),
         (lambda: PGD(Linf(0.1), restarts=0), "restarts"),
         (lambda: PGD(Linf(0.1), restarts=2, random_start=False), "all the same"),
         (lambda: PGD(Linf(0.1), restarts=2, keep="last"), "throw"),

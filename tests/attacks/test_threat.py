@@ -53,6 +53,13 @@ def test_an_impossible_eps_is_refused(eps):
         Linf(eps)
 
 
+@pytest.mark.parametrize("eps", [8, 1.01, "16", "300/255"])
+def test_an_eps_of_linf_in_units_of_bytes_is_refused(eps):
+    with pytest.raises(UserError, match=r"at most 1, in pixel units .* write 8/255"):
+        Linf(eps)
+    assert Linf(1).eps == 1 and L2(8).eps == 8 == L1(8).eps  # the whole box; other norms may be longer
+
+
 def test_an_unknown_norm_names_the_nearest():
     with pytest.raises(UserError, match="nearest: linf"):
         Threat("linff", 0.1)

@@ -323,12 +323,19 @@ CASES = {
     "claim metric": (
         CLAIM,
         "robst[norm] > 0.1",
-        f"36: claims.0.that: column 1: unknown metric 'robst'; nearest: robust; {METRICS}",
+        f"36: claims.0.that: column 1: unknown metric 'robst'; nearest: robust, train_robust; {METRICS}",
     ),
     "claim attack": (
         CLAIM,
         "pgd-20[norm] > 0.1",
-        f"36: claims.0.that: column 1: unknown metric 'pgd-20'; nearest: pgd-3; {METRICS}",
+        "36: claims.0.that: column 1: metric 'pgd-20' is not measured; evaluate: {attacks: [..., pgd-20]} would measure it; "
+        f"{METRICS}",
+    ),
+    "claim about what is not measured": (
+        CLAIM,
+        "corrupted:fog[norm] > 0.1",
+        "36: claims.0.that: column 1: metric 'corrupted:fog' is not measured; evaluate: {corruptions: [fog]} would measure "
+        f"it; {METRICS}",
     ),
     "claim level": (
         CLAIM,

@@ -61,14 +61,6 @@ CASES: dict[str, tuple[tuple[str, str], str]] = {
         instead("epochs: 3\n    recalibrate: {}"),
         "18: phases.1: epochs: 3 is not allowed with recalibrate; allowed: 0 or 1",
     ),
-    "recalibrate with a window": (
-        instead("recalibrate: {}\n    windows: {statistics: [0, 0.5]}"),
-        "18: phases.1: windows: only a phase with train takes this, and it has recalibrate",
-    ),
-    "recalibrate with more": (
-        instead("recalibrate: {}\n    ascent: awp\n    average: ema\n    steps: 4"),
-        "18: phases.1: steps, ascent, average: only a phase with train takes this, and it has recalibrate",
-    ),
     "recalibrate on what": (
         instead("recalibrate: {on: natural}"),
         "19: phases.1.recalibrate.on: unknown value 'natural'; allowed: adversarial, clean, noise",
@@ -106,10 +98,6 @@ CASES: dict[str, tuple[tuple[str, str], str]] = {
         "20: phases.1.attack: unknown attack 'pgdd'; nearest: pgd, apgd, apgd-t; allowed: ...",
     ),
     # set
-    "set with a start": (
-        instead("set: {norm: {from: pretrain}}\n    start: {norm: keep}"),
-        "18: phases.1: start: only a phase with train takes this, and it has set",
-    ),
     "set nothing": (instead("set: {}"), "19: phases.1.set: must not be empty"),
     "set for epochs": (
         instead("set: {norm: {from: pretrain}}\n    epochs: 2"),

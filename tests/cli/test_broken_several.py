@@ -53,7 +53,7 @@ SEVERAL = {
         [
             "21: phases.1.train.nrom: unknown selector 'nrom'; nearest: norm",
             "29: seeds: a seed stands there twice",
-            "36: claims.0.that: column 1: unknown metric 'robst'; nearest: robust; allowed: ...",
+            "36: claims.0.that: column 1: unknown metric 'robst'; nearest: robust, train_robust; allowed: ...",
         ],
     ),
     "two groups of one phase": (

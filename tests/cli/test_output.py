@@ -93,14 +93,37 @@ def test_plan_prints_groups_runs_shared_phases_and_cost_and_writes_nothing(
     ]
     assert "3 arms x 2 seeds: 6 phase trainings (4 fewer than without sharing)" in out
     # Images x (clean) for pretraining, and x (2 to craft, 1 to learn) x 2 for each of two arms; both directions, 2 seeds.
-    assert f"cost: {200 * (2 + 2 * 6) * 2 / 1000:.3g} k passes of one image, about " in out
-    assert "worker(s)" in out and "measured" in out
+    assert f" passes of one image: training {200 * (2 + 2 * 6) * 2 / 1000:.3g} k (" in out
+    assert re.search(
+        r"^time: about .+ if all of them are made, with \d+ worker\(s\), .+: training .+%\), after its epochs .+, measuring ",
+        out,
+        re.M,
+    )
+    assert re.search(r"^timed: .+ in fp32, small-cnn width=8: [\d.e+-]+ ms for \d+ images", out, re.M)
+
+
+def test_plan_says_what_is_measured_and_when(base: str, call: Call) -> None:
+    Path("s.yaml").write_text(base.replace("attacks: [pgd-3]", "attacks: [pgd-3, autoattack]\n  sanity: true"))
+    code, out, err = call("plan", "s.yaml", "--no-timing", "--set", "evaluate.corruptions=noise")
+    assert (code, err) == (0, "")
+    table = out[out.index("\nmeasured of each net, on 50 test images ") : out.index("\ncost: ")].splitlines()[2:]
+    assert [re.split("  +", line.strip())[:2] for line in table[:2]] == [
+        ["when", "what"],
+        ["after each epoch", "learning curve"],
+    ]
+    rest = "\n".join(table[2:])
+    assert rest.startswith("at best and last, each  pgd-3 ")
+    for words in ("apgd-ce-t-fab-t-square", "gaussian-noise, shot-noise, impulse-noise at severities 1, 2, 3, 4, 5"):
+        assert words in rest
+    assert "sanity" in rest and "50 images" in rest and "calibration; flags on 50 images; norm layers on 128" in rest
+    shares = [int(share) for share in re.findall(r"\((\d+)%\)", out)]
+    assert len(shares) == 3 and 99 <= sum(shares) <= 101 and shares[2] > 95  # of AutoAttack
 
 
 def test_plan_without_timing_is_deterministic(base: str, call: Call) -> None:
     Path("s.yaml").write_text(base)
     first = call("plan", "s.yaml", "--no-timing")
-    assert first == call("plan", "s.yaml", "--no-timing") and "about" not in first[1]
+    assert first == call("plan", "s.yaml", "--no-timing") and "time: " not in first[1] and "timed: " not in first[1]
 
 
 def test_groups_prints_every_tensor_once_for_each_arm_and_writes_nothing(base: str, call: Call, tmp_path: Path) -> None:

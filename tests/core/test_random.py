@@ -1,11 +1,12 @@
 import hashlib
 import random
+from contextlib import suppress
 
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from robustlayers.core.random import stream, stream_seed
+from robustlayers.core.random import global_draws, stream, stream_place, stream_seed
 
 PLACES = st.tuples(
     st.integers(0, 2**70),
@@ -53,3 +54,29 @@ def test_a_stream_depends_on_no_other_and_touches_no_global_state():
         pieces.append(torch.rand(1, generator=one))
     assert torch.equal(torch.cat(pieces), alone)
     assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == python_state
+
+
+@given(PLACES, st.booleans())
+def test_global_draws_are_those_of_the_seed_and_are_put_back(place, breaks):
+    seed = stream_seed(place[0], place[1], *place[2])
+    before = torch.get_rng_state()
+    found = []
+    for _ in range(2):
+        with suppress(ZeroDivisionError), global_draws(seed):
+            found.append(torch.rand(3))
+            if breaks:
+                raise ZeroDivisionError
+    assert torch.equal(*found) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_place_of_a_stream_tells_how_far_it_is_and_moves_nothing():
+    generator = stream(0, "attack")
+    places = []
+    for _ in range(4):
+        places += [stream_place(generator), stream_place(generator)]
+        torch.rand(1, generator=generator)
+    assert places[::2] == places[1::2] and len(set(places)) == 4
+    again = stream(0, "attack")
+    for _ in range(4):
+        torch.rand(1, generator=again)
+    assert stream_place(again) == stream_place(generator)

@@ -1,15 +1,17 @@
 import copy
 import random
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from robustlayers.attacks import APGD, FGSM, PGD, Linf, Noise, Threat, is_correct
+from robustlayers.attacks import APGD, FGSM, PGD, Linf, Noise, Square, Threat, is_correct
 from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream
-from robustlayers.evaluation import accuracy, correct, worst_case
+from robustlayers.evaluation import accuracy, autoattack, correct, worst_case
 
 THREAT = Linf(0.15)
 
@@ -111,7 +113,45 @@ def test_progress_is_told_batch_by_batch(trained):
     told = []
     worst_case(model, x, y, {"fgsm": FGSM(THREAT)}, 50, progress=lambda *what: told.append(what))
     n = int(correct(model, x, y).sum())
-    assert told == [("clean", d, 120) for d in (50, 100, 120)] + [("fgsm", d, n) for d in (50, 100, n)]
+    assert told == [("clean", d, 120) for d in (0, 50, 100, 120)] + [("fgsm", d, n) for d in (0, 50, 100, n)]
+
+
+def test_a_long_batch_tells_how_far_it_is_and_is_attacked_alike(trained, monkeypatch):
+    model, x, y = trained
+    told, now = [], [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(sys.modules["robustlayers.evaluation.accuracy"], "time", clock)
+
+    def forward(images):
+        now[0] += 0.2
+        return model(images)
+
+    attacks = {"pgd": PGD(THREAT, steps=10), "square": Square(THREAT, 40)}
+    found = worst_case(forward, x, y, attacks, 60, progress=lambda *what: told.append(what))
+    silent = worst_case(forward, x, y, attacks, 60)
+    assert all(torch.equal(found[name], silent[name]) for name in found)
+    for name in attacks:
+        counts = [done for what, done, _ in told if what == name]
+        assert counts == sorted(counts) and len(counts) > 8 and 0 < min(counts[1:]) < 30
+        assert {60, int(found["clean"].sum())} <= set(counts)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_that_share_the_batches_find_what_one_finds(trained, together, count):
+    model, x, y = trained
+    attacks = {"pgd": PGD(THREAT, steps=3), "square": Square(THREAT, 10), "noise": Noise(THREAT)}
+    alone = worst_case(model, x, y, attacks, 13, seed=2)
+    sizes = [[] for _ in range(count)]
+
+    def work(ranks):
+        counted = Foreign(THREAT, deed=lambda _, images: sizes[ranks.index].append(len(images)))
+        own = copy.deepcopy(model)
+        return worst_case(own, x, y, attacks | {"counted": counted}, 13, seed=2, ranks=ranks)
+
+    for found in together(count, work):
+        assert all(torch.equal(found[name], alone[name]) for name in alone)
+    assert sum(map(sum, sizes)) == int(alone["clean"].sum())
+    assert max(map(len, sizes)) - min(map(len, sizes)) <= 1
 
 
 def test_a_model_in_training_mode_is_evaluated_by_its_running_statistics_and_stays_as_it_was(trained):
@@ -210,6 +250,10 @@ def test_a_model_without_tensors_and_logits_that_are_not_numbers():
         (lambda m, x, y: correct(m, x, y[:-1]), "one integer label"),
         (lambda m, x, y: correct(m, x, y.float()), "one integer label"),
         (lambda m, x, y: correct(m, x[:0], y[:0]), "no image"),
+        (lambda m, x, y: correct(m, x, y + 100), "is no class of the forward, which returns"),
+        (lambda m, x, y: correct(m, x, y - 1), "label -1 is no class"),
+        (lambda m, x, y: correct(lambda images: (m(images), 0), x, y), "must return logits .* it returned tuple"),
+        (lambda m, x, y: autoattack(m, x, y + 100, threat=THREAT), "is no class of the forward"),
         (lambda m, x, y: correct(m, x.float(), y), "inside the model"),
         (lambda m, x, y: correct(m, x.half(), y), "uint8, or as float32"),
         (lambda m, x, y: correct(m, x, y, batch_size=0), "batch_size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 
 from robustlayers.attacks import APGD, FGSM, L2, PGD, Linf, Square, is_correct
 from robustlayers.core.errors import UserError
+from robustlayers.core.ranks import Ranks
 from robustlayers.evaluation.cascade import Moment, Outcome, cascade
+from robustlayers.normalization.layers import RandomNorm
 
 EPS = Linf(0.12)
 ATTACKS = {"pgd-5": PGD(EPS, steps=5), "apgd-ce-6": APGD(EPS, 6, early_exit=True), "square-40": Square(EPS, 40)}
@@ -105,6 +108,78 @@ def test_what_is_missing_or_damaged_is_made_again(trained, tmp_path: Path):
     again = cascade(model, x, y, ATTACKS, directory=tmp_path, batch_size=30)
     assert torch.equal(again.x_adv, first.x_adv) and again.broken_by == first.broken_by
     assert len(list(tmp_path.glob("0*/*.damaged"))) == 2 and not list(tmp_path.glob(".tmp-*"))
+
+
+class Shaky(nn.Module):
+    """A random norm before a net that has learned."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.model = RandomNorm(nn.BatchNorm2d(1), kinds="batch+layer"), model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(0.9 * x + 0.02 * self.norm(x))
+
+
+@pytest.mark.parametrize("random", [False, True], ids=["plain", "random norm"])
+@pytest.mark.parametrize("kept", [False, True], ids=["in memory", "in a folder"])
+def test_processes_that_share_the_batches_find_what_one_finds(
+    trained, together, random: bool, kept: bool, tmp_path: Path
+):
+    model, x, y = trained
+    net = Shaky(model).eval() if random else model
+    alone = cascade(copy.deepcopy(net), x, y, ATTACKS, batch_size=16)
+    made: list[list[Moment]] = [[], [], []]
+
+    def work(ranks: Ranks) -> Outcome:
+        directory = tmp_path / "shards" if kept else None
+        told = made[ranks.index].append
+        own = copy.deepcopy(net)
+        return cascade(own, x, y, ATTACKS, batch_size=16, directory=directory, progress=told, ranks=ranks)
+
+    for found in together(3, work):
+        assert _same(found, alone) and found.disagreements == alone.disagreements
+    shares = [next(moment.of for moment in moments if moment.attack == "pgd-5") for moments in made]
+    assert sum(shares) == alone.table[0].attacked and max(shares) - min(shares) <= 32
+    assert all(moments[-1].done == moments[-1].of for moments in made)
+    if kept:
+        assert _same(cascade(copy.deepcopy(net), x, y, ATTACKS, batch_size=16, directory=tmp_path / "shards"), alone)
+
+
+def test_processes_go_on_from_what_others_have_kept(trained, together, tmp_path: Path):
+    model, x, y = trained
+    alone = cascade(model, x, y, ATTACKS, batch_size=16, directory=tmp_path)
+    shards = sorted(tmp_path.glob("0*/*.safetensors"))
+    for path in (shards[2], shards[3], *tmp_path.glob("02*/*.safetensors")):
+        path.unlink()
+    shards[5].write_bytes(b"damaged")
+    made: list[list[str]] = [[], []]
+
+    def work(ranks: Ranks) -> Outcome:
+        def told(moment: Moment) -> None:
+            made[ranks.index].append(moment.attack)
+
+        return cascade(
+            copy.deepcopy(model), x, y, ATTACKS, batch_size=16, directory=tmp_path, progress=told, ranks=ranks
+        )
+
+    for found in together(2, work):
+        assert torch.equal(found.x_adv, alone.x_adv) and found.broken_by == alone.broken_by
+    assert len(list(tmp_path.glob("0*/*.damaged"))) == 1
+    assert "square-40" in made[0] and "square-40" in made[1]
+
+
+def test_what_one_process_fails_of_is_raised_there(trained, together):
+    model, x, y = trained
+
+    def work(ranks: Ranks) -> Outcome:
+        own = copy.deepcopy(model)
+        if ranks.index:
+            own.register_forward_hook(lambda *_: 1 / 0)
+        return cascade(own, x, y, ATTACKS, batch_size=16, ranks=ranks)
+
+    with pytest.raises(ZeroDivisionError):
+        together(2, work)
 
 
 def test_a_folder_is_for_one_evaluation(trained, tmp_path: Path):

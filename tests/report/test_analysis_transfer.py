@@ -39,7 +39,7 @@ def _texts(svg: str) -> list[str]:
 def test_seeds_are_averaged_and_arms_have_a_line_each(summary: Summary) -> None:
     results = [_result(["none", "norm"], seed, right) for seed, right in ((0, 40), (1, 50))]
     (part,) = inside.gather(replace(summary, analyses=results))
-    assert "seed 0 and 1" in part.setting and "figures of" not in part.setting
+    assert "seeds 0 and 1" in part.setting and "figures of" not in part.setting
     (table,) = part.tables
     assert [block[0][0].text for block in table.blocks] == ["none", "norm"]  # type: ignore[union-attr]
     assert [block[0][1].value for block in table.blocks] == [pytest.approx(0.45)] * 2  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustlayers.core.errors import UserError
-from robustlayers.study.claim_syntax import parse
+from robustlayers.study.claim_syntax import parse, spelled
 
 FACTORS = {"group": ["none", "norm", "all", "a, b"], "width": ["16", "32"]}
 METRICS = ["clean", "robust", "pgd-20", "apgd-ce", "trained_share"]
@@ -52,10 +52,13 @@ def value(text: str, table: dict[str, float]) -> float:
         ("clean - 0.1 > 5%", 0.9 - 0.1 - 0.05),
         ("1 - 2 - 3 < clean", 0.9 + 4),
         ('"clean" > robust["norm"]', 0.9 - 0.4),
+        ("corrupted:fog:3[all]-clean@main > 0", 0.3 - 0.2),
+        ("'pgd-2@main>auxiliary'[all] > 'sanity:eps=8/255'", 0.6 - 0.1),
     ],
 )
 def test_a_claim_means_what_it_says(text: str, expected: float) -> None:
     table = {"robust/norm": 0.4, "robust/all": 0.7, "pgd-20/all": 0.8, "clean": 0.9}
+    table |= {"corrupted:fog:3/all": 0.3, "clean@main": 0.2, "pgd-2@main>auxiliary/all": 0.6, "sanity:eps=8/255": 0.1}
     assert value(text, table) == pytest.approx(expected, abs=1e-12)
 
 
@@ -168,6 +171,26 @@ def test_a_claim_is_checked_against_the_study(text: str, messages: list[str]) ->
         assert all(set(term.levels) == set(FACTORS) for _, term in bound.difference.terms)
 
 
+@pytest.mark.parametrize(
+    "name", ["pgd-20", "corrupted:fog:3", "clean@main", "pgd-2@main>auxiliary", "a=b", "it's", "\\"]
+)
+def test_a_name_is_spelled_as_it_is_read(name: str) -> None:
+    """In quotes only where it must be: bare names stay bare."""
+    (_, term), *_ = parse(f"{spelled(name)} > 0").difference.terms
+    assert term.metric == name
+    assert (spelled(name) == name) == (attempt(lambda: parse(f"{name} > 0").metrics) == (name,))
+
+
+def test_the_study_may_say_more_about_an_unknown_metric() -> None:
+    claim = parse("robust[norm, 16] > 2 * ece[norm, 16] - ece[all, 16]")
+    assert claim.metrics == ("robust", "ece")
+    faults = claim.check(FACTORS, METRICS, CHECKPOINTS, lambda name: f"{name}? Never heard of it")
+    assert [str(fault) for fault in faults] == [
+        "column 24: ece? Never heard of it",
+        "column 40: ece? Never heard of it",
+    ]
+
+
 def test_a_level_of_two_factors_must_name_its_factor() -> None:
     factors = {"model": ["small", "16"], "width": ["16", "32"]}
     faults = parse("robust[small, 16] > 0").check(factors, METRICS, CHECKPOINTS)
@@ -184,7 +207,7 @@ def test_a_level_alone_has_no_factor_before_it_is_bound() -> None:
         _ = term.levels
 
 
-TOKENS = "robust pgd-20 [ ] ( ) - + * > <= = , group norm checkpoint last 16 0.5 12% / % \" ' \\"
+TOKENS = "robust pgd-20 a:b @ : [ ] ( ) - + * > <= = , group norm checkpoint last 16 0.5 12% / % \" ' \\"
 pieces = st.sampled_from([" ", *TOKENS.split()])
 
 

@@ -179,6 +179,18 @@ def test_what_is_no_accuracy_is_shown_as_a_number() -> None:
     assert result.reason.startswith("difference 249.5, 95% CI -379.5 to 878.5, p = ")
 
 
+def test_a_number_that_is_below_one_by_chance_is_no_share() -> None:
+    table = {("passes", "all", "last"): {0: 0.3, 1: 0.5}, ("passes", "norm", "last"): {0: 0.1, 1: 0.2}}
+    claim = parse("passes[norm] < passes[all]").bind(FACTORS, METRICS, ["last"])
+
+    def lookup(metric: str, levels: dict[str, str], checkpoint: str) -> Mapping[int, float]:
+        return table[metric, levels["group"], checkpoint]
+
+    (share,), (number,) = (judge([("", claim)], lookup, ["last"], numbers=names) for names in ((), ("passes",)))
+    assert share.reason.startswith("difference 25.0 points, ") and number.reason.startswith("difference 0.25, ")
+    assert (share.verdict, share.mean, share.p) == (number.verdict, number.mean, number.p)
+
+
 def test_rounding_of_large_numbers_is_no_spread() -> None:
     every = [10_000_000 * 3**seed for seed in range(5)]
     table = {

@@ -53,7 +53,7 @@ def test_the_study_is_planned_as_written(capsys: pytest.CaptureFixture[str]) -> 
     assert "fashion-mnist: 54000 train, 6000 validation, 10000 test images, 28x28x1, 10 classes" in out
     assert "resnet depth=20 width=16 norm=batch" in out and "linf 8/255" in out
     assert "pgd-10, linf 8/255, step 2/255, 1 restart, last iterate" in out
-    assert "pgd-20, linf 8/255, step 1/255, 1 restart, best iterate; apgd" in out
+    assert "pgd-20, linf 8/255, step 1/255, 1 restart, best iterate" in out and "apgd-ce-" in out
     assert "5 arms x 3 seeds: 15 phase trainings (12 fewer than without sharing)" in out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch import nn
 
 from robustlayers.analysis import WorstCase
 from robustlayers.attacks import PGD, Gaussian, Linf
+from robustlayers.cli.subject import Asked as Question
+from robustlayers.cli.subject import subject_of
 from robustlayers.core.errors import UserError
-from robustlayers.core.files import read_json
-from robustlayers.data import Images
+from robustlayers.core.files import file_digest, read_json, read_tensors, write_json
+from robustlayers.data import Images, to_float
 from robustlayers.evaluation import accuracy, interval
 from robustlayers.selection import Inventory, resolve
 from robustlayers.study import _inside_rift
@@ -26,6 +29,10 @@ from robustlayers.study._looks import Look, encoded
 from robustlayers.study._nets import Trained, images_of
 from robustlayers.study.analyze import Asked, Job, plan_analyses, run_analyses
 from robustlayers.study.analyzed import kept_analyses, rows_of_analysis
+from robustlayers.study.collect import collect_rows
+from robustlayers.study.definition import load_study
+from robustlayers.study.plan import make_plan
+from robustlayers.study.run import run_plan
 from robustlayers.study.store import Store
 from robustlayers.training import Diverged, snapshot
 
@@ -105,6 +112,66 @@ def test_scores_feed_a_selector(seen: Any) -> None:
     assert {name.rpartition(".")[0] for name in picked.parts} == {least}
 
 
+def _weights(store: Store) -> Path:
+    """Return the file of the fine-tuned net, as the result lists it."""
+    ((folder, record),) = kept_analyses(store, read_json(store.plan))
+    ((name, sha256),) = record["weights"].items()
+    assert file_digest(folder / name) == sha256 == read_json(folder / "manifest.json")["files"][name]["sha256"]
+    return folder / name
+
+
+def test_the_weights_that_are_kept_are_the_net_that_was_measured(seen: Any) -> None:
+    store, net = seen
+    model = net.build()
+    before = snapshot(model)
+    model.load_state_dict(read_tensors(_weights(store)))  # strict: the whole net
+    held_out = images_of(net.recipe)[2]
+    some = held_out.take(torch.argsort(held_out.labels, stable=True)[1::2].sort().values)
+    rows = [row for row in _rows(store, "line") if row["on"] == "measurement"]
+    (chosen,) = (row for row in rows if row["chosen"] == "True")
+    assert accuracy(model, some.images, some.labels) == float(chosen["clean_accuracy"])
+    (group,) = {row["group"] for row in rows}
+    moved = {name for name, value in snapshot(model).items() if not torch.equal(value, before[name])}
+    assert bool(moved) == (float(chosen["alpha"]) > 0)
+    assert moved < set(dict(model.named_parameters()))  # running statistics stay, and all but one group
+    if group in dict(model.named_modules()):
+        assert {name.rpartition(".")[0] for name in moved} <= {group}
+
+
+def test_a_phase_starts_from_the_weights_and_evaluate_takes_them(
+    seen: Any, write: Callable[..., Path], images: Path, tmp_path: Path
+) -> None:
+    file = _weights(seen[0])
+    head = write().read_text().partition("  - {name: pretrain")[0]
+    study = tmp_path / "after.yaml"
+    study.write_text(
+        f'{head}  - {{name: tuned, set: {{all: {{load: "{file}"}}}}}}\n'
+        "seeds: 1\nevaluate: {attacks: [pgd-2], monitor: {attack: pgd-1, images: 16}}\n"
+    )
+    run_plan(make_plan(load_study(study)), tmp_path / "after", workers=1, threads=1)
+    (last,) = (tmp_path / "after").glob("phases/*/seed-0/last.safetensors")
+    kept, there = read_tensors(file), read_tensors(last)
+    assert kept.keys() == there.keys() and all(torch.equal(kept[name], there[name]) for name in kept)
+    options = {"width": 4, "stem_stride": 2}
+    subject = subject_of(Question("small-cnn", weights=file, data=f"npz:{images}", options=options))
+    (row,) = (r for r in collect_rows(Store(tmp_path / "after")) if (r.metric, r.checkpoint) == ("clean", "last"))
+    assert accuracy(subject.model, subject.test.images, subject.test.labels) == row.value
+
+
+def test_what_an_earlier_version_found_is_left_out(store: Store) -> None:
+    (job,) = _do(store)
+    rows = rows_of_analysis(store, "rift")
+    older = job.folder.with_name("0" * 16)
+    shutil.copytree(job.folder, older)
+    record = read_json(older / "result.json")
+    write_json(
+        older / "result.json", {key: value for key, value in record.items() if key not in ("version", "weights")}
+    )
+    store.finish(older, kind="analysis", id=older.name)
+    assert [folder for folder, _ in kept_analyses(store, read_json(store.plan))] == [job.folder]
+    assert rows_of_analysis(store, "rift") == rows
+
+
 def test_a_repeated_command_does_nothing_and_it_is_done_only_when_named(seen: Any) -> None:
     assert not plan_analyses(seen[0], ASKED).left
     planned = plan_analyses(seen[0], Asked(arms=["all"]))
@@ -181,6 +248,22 @@ def test_weights_that_the_forward_does_not_use_are_no_choice(branched: Callable[
     after = snapshot(one.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [module.training for module in one.model.modules()] == modes
+
+
+def test_the_weights_that_are_found_are_those_at_the_chosen_alpha(
+    branched: Callable[[], Look], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["robustlayers.analysis.rift"]
+    monkeypatch.setattr(module, "choose", lambda points: points[-1])
+    look = branched()
+    found = rift(look)
+    before, after = found.payload["measured"][0], found.payload["measured"][-1]
+    look.model.load_state_dict(found.weights["tuned"])
+    some = look.held_out.take(torch.argsort(look.y, stable=True)[1::2].sort().values)
+    logits = look.model.eval()(to_float(some.images)).double()
+    loss = nn.functional.cross_entropy(logits, some.labels).item()
+    assert loss == pytest.approx(after["clean_loss"], rel=1e-9)
+    assert before["clean_loss"] != pytest.approx(after["clean_loss"], rel=1e-7)
 
 
 def test_a_fine_tuning_that_diverges_is_one_line(branched: Callable[[], Look], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from robustlayers.evaluation import worst_case
 from robustlayers.report import write
+from robustlayers.study import measure
 from robustlayers.study.collect import collect, collect_rows
 from robustlayers.study.definition import load_study
 from robustlayers.study.plan import make_plan
@@ -71,3 +75,19 @@ def test_a_policy_says_on_which_branch_and_by_what_a_net_is_measured(values: Val
 
 def test_nets_without_branches_have_no_such_rows(values: Values) -> None:
     assert set(values("batch", "standard", "true")) == {"clean", "robust", "pgd-2"}
+
+
+def test_flags_of_a_random_net_do_not_depend_on_which_batches_a_process_has_attacked(
+    values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_more(
+        forward: torch.nn.Module, x: torch.Tensor, *arguments: Any, **options: Any
+    ) -> dict[str, torch.Tensor]:
+        found = worst_case(forward, x, *arguments, **options)
+        forward.eval()(x[:3] / 255)
+        return found
+
+    expected = values("random", "standard")
+    assert "random output" in expected["clean"][2]
+    monkeypatch.setattr(measure, "worst_case", with_more)
+    assert values("random", "standard", name="other") == expected

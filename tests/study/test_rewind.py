@@ -339,5 +339,5 @@ def test_a_phase_that_stopped_before_the_epochs_to_keep_is_not_trained_again(
 
 
 def test_only_training_keeps_epochs(plan: Callable[..., Plan]) -> None:
-    with pytest.raises(UserError, match="keep: only a phase with train takes this"):
+    with pytest.raises(UserError, match=r"phases\.1\.keep: does nothing in a phase with set"):
         plan("name: first, epochs: 1, train: {all: natural}", "name: back, set: {all: {rewind: 0}}, keep: 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from robustlayers.core.files import read_json, read_tensors
 from robustlayers.core.ranks import Ranks
 from robustlayers.study.collect import collect_rows
 from robustlayers.study.definition import load_study
-from robustlayers.study.local import Event, Stopped, Task
+from robustlayers.study.local import Apart, Event, Stopped, Task
 from robustlayers.study.plan import Plan, make_plan
 from robustlayers.study.run import run_plan
 from robustlayers.study.schema import PhaseConfig
@@ -125,6 +126,64 @@ def test_a_failure_in_one_process_ends_both_with_one_line(write: Write, tmp_path
     assert not list(out.glob("phases/*/*/failed.json"))  # it was not this process's failure
 
 
+# AutoAttack is made in shards of two images, the rest in batches of five.
+ATTACKED = (
+    (
+        "attacks: [pgd-2]",
+        "attacks: [pgd-2, square-10, {name: autoattack, steps: 3, targets: 2, queries: 10}]\n"
+        "  batch_size: 5\n  corruptions: {families: [fog, shot-noise], severities: [2]}",
+    ),
+)
+
+# One process is killed when it has made its second shard.
+KILLED = """
+import os, signal, sys
+from robustlayers.cli.main import main
+from robustlayers.core.ranks import environment
+from robustlayers.evaluation import _shards
+import robustlayers.evaluation.cascade
+
+sys.modules["robustlayers.evaluation.cascade"]._BATCH = {"cpu": 2}
+write, made = _shards.Shards.write, []
+
+def last(self, group, shard):
+    write(self, group, shard)
+    made.append(group)
+    if len(made) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv.pop() == "kill" and environment()[0] == 1:
+    _shards.Shards.write = last
+main(sys.argv[1:])
+"""
+
+
+def test_a_measurement_of_two_processes_of_which_one_was_killed_has_the_numbers_of_one(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, one, two = write(*TWO_ARMS, *ATTACKED), tmp_path / "one", tmp_path / "two"
+    monkeypatch.setattr(sys.modules["robustlayers.evaluation.cascade"], "_BATCH", {"cpu": 2})
+    run_plan(make_plan(load_study(study, ["seeds=1"])), one, workers=1, threads=1)
+    shutil.copytree(one, two)
+    shutil.rmtree(two / "results")
+    command = ("-c", KILLED, "run", str(study), "--out", str(two), *ONE_SEED)
+    (main, shown, _), (other, _, _) = end(start(*command, "kill"))
+    assert (main, other) == (1, -signal.SIGKILL)
+    assert shown.count("FAILED: Lost: another process has ended") == 1
+    assert len(list(two.glob("results/*/seed-0/.shards/*/*/0*/*.safetensors"))) >= 3  # two of the one that was killed
+    assert not list(two.glob("results/*/seed-0/rows.json"))
+    found = end(start(*command, "go"))
+    assert [code for code, _, _ in found] == [0, 0], found
+    results = [path.relative_to(one) for path in one.glob("results/*/seed-0/*.json") if path.name != "time.json"]
+    assert len(results) == 6
+    for path in results:
+        if path.name != "manifest.json":
+            assert (two / path).read_text() == (one / path).read_text(), path
+        assert (two / path.with_name("pictures.safetensors")).read_bytes() == (
+            one / path.with_name("pictures.safetensors")
+        ).read_bytes()
+
+
 class Left(BaseException):
     """In the place of the end of the process."""
 
@@ -210,32 +269,32 @@ def task(key: str, made: list[str], error: Exception | None = None, needs: tuple
     return Task(key, function, (), needs)
 
 
-def test_the_main_process_names_shared_tasks_only_and_goes_on_after_a_failure_of_its_own() -> None:
+def test_the_main_process_names_every_task_and_goes_on_after_a_failure_of_its_own() -> None:
     made: list[str] = []
     events: list[Event] = []
     tasks = [
         task("train a", made),
-        task("measure a", made, ValueError("no"), ("train a",)),
+        task("measure a", made, Apart(ValueError("no")), ("train a",)),
         task("train b", made, Stopped("diverged")),
         task("train c", made, needs=("train b",)),
         task("train d", made),
     ]
     ranks = Told(0)
-    lead(tasks, ranks, shared=lambda one: one.key.startswith("train"), threads=1, on_event=events.append)
+    lead(tasks, ranks, threads=1, on_event=events.append)
     assert set(made) == {"train a", "measure a", "train b", "train d"}
-    assert [key for key in ranks.told if key] == [key for key in made if key.startswith("train")]
-    assert ranks.told[-1] == ""
+    assert ranks.told == [*made, ""]
     ends = {event.key: event.kind for event in events if event.kind != "started"}
     assert ends == {"train a": "done", "measure a": "failed", "train b": "stopped", "train d": "done"}
+    (failed,) = (event.facts for event in events if event.kind == "failed")
+    assert failed["reason"] == "ValueError: no" and "ValueError: no" in failed["trace"]
 
 
-def test_a_failure_at_a_shared_task_ends_the_main_process() -> None:
+def test_a_failure_for_which_others_wait_ends_the_main_process() -> None:
     events: list[Event] = []
     with pytest.raises(Ended):
         lead(
             [task("train a", [], ValueError("no")), task("train b", [])],
             Told(0),
-            shared=lambda one: True,
             threads=1,
             on_event=events.append,
         )

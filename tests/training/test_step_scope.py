@@ -356,6 +356,27 @@ def test_an_optimizer_without_the_tensors_to_train_is_told(net):
     )
 
 
+@pytest.mark.parametrize("signal", ["natural", "adversarial"])
+def test_a_batch_without_images_or_with_labels_of_another_kind_is_refused_and_moves_nothing(net, batch, bits, signal):
+    model, (x, y) = net("small-cnn"), batch()
+    step = step_of(model, signals={"head": signal, "others": signal})
+    before = bits(model)
+    for labels, words in ((y.double(), "one integer label per image"), (y[1:], "one integer label per image")):
+        with pytest.raises(UserError, match=words):
+            step(x, labels)
+    with pytest.raises(UserError, match="the batch is empty"):
+        step(x[:0], y[:0])
+    assert bits(model) == before
+
+
+def test_labels_of_any_integer_type_are_the_same(net, batch, bits):
+    x, y = batch()
+    steps = [step_of(net("small-cnn")) for _ in range(2)]
+    steps[0](x, y)
+    steps[1](x, y.to(torch.int32))
+    assert bits(steps[0].model) == bits(steps[1].model)
+
+
 def test_a_partition_of_another_model_is_told(net):
     model = net("small-cnn")
     with pytest.raises(UserError, match=r"^the partition was bound to another model$"):

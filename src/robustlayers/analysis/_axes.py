@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["GRAY", "INK", "MARKERS", "SERIES", "axes_or_new", "by_depth", "dots", "round_ticks"]
+__all__ = ["GRAY", "INK", "MARKERS", "SERIES", "axes_or_new", "dots", "ink_on", "lines", "round_ticks"]
 
-# Okabe and Ito's palette, as in the report, which exchanges these very colors for those of the reader's scheme.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# As in the report, which exchanges these very colors for those of the reader's scheme.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#703000", "#4f1d8c")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GRAY, INK = "#66707b", "#1b2026"
 
@@ -27,16 +28,19 @@ def axes_or_new(axes: Axes | None, width: float, height: float) -> Axes:
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
-def by_depth(count: int) -> list[Any]:
-    """Return colors for lines in order of execution: apart for a few lines, else lighter with depth.
+def ink_on(share: float) -> str:
+    """Return the ink, white or black, of the larger contrast on cividis at `share` of its scale; that of paper for NaN.
 
-    The ends of the map are left out, since they cannot be seen on black or on white.
+    >>> ink_on(0.2), ink_on(0.8)
+    ('white', 'black')
     """
-    if count <= len(SERIES):
-        return list(SERIES[:count])
     from matplotlib import colormaps
 
-    return [colormaps["cividis"](0.25 + 0.6 * place / (count - 1)) for place in range(count)]
+    if math.isnan(share):
+        return INK
+    parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colormaps["cividis"](share)[:3]]
+    luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+    return "white" if luminance < 0.179 else "black"  # where (1 + 0.05) / (L + 0.05) is (L + 0.05) / 0.05: WCAG 2
 
 
 def dots(axes: Axes, names: list[str], series: dict[str, list[float]], label: str) -> Axes:
@@ -46,13 +50,29 @@ def dots(axes: Axes, names: list[str], series: dict[str, list[float]], label: st
         one, two = series.values()
         axes.hlines(list(places), one, two, color=GRAY, linewidth=1)
     for place, (name, values) in enumerate(series.items()):
-        axes.plot(values, list(places), MARKERS[place], color=SERIES[place], markersize=6, linestyle="", label=name)
+        size = (
+            6.0 + 2 * (len(series) - 1 - place) - (len(series) - 1)
+        )  # where two marks meet, the first looks out below
+        axes.plot(values, list(places), MARKERS[place], color=SERIES[place], markersize=size, linestyle="", label=name)
     axes.axvline(0, color=GRAY, linewidth=0.8)
     axes.set_yticks(list(places), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label)
     if len(series) > 1:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series), borderaxespad=0.2)
+    return axes
+
+
+def lines(axes: Axes, series: Mapping[str, Sequence[float]], dashed: Collection[str] = ()) -> Axes:
+    """Draw one line for each name over 0, 1, ..., the first ones wider, so that they are seen where others run over them."""
+    for place, (name, values) in enumerate(series.items()):
+        step = max(1, len(values) // 12)
+        axes.plot(
+            range(len(values)), values, "--" if name in dashed else "-", color=SERIES[place % len(SERIES)],
+            marker=MARKERS[place % len(MARKERS)], markevery=(place * step // 2 % step, step),
+            markersize=5 + 0.7 * (len(series) - 1 - place), markeredgewidth=0,
+            linewidth=1.3 + 0.8 * (len(series) - 1 - place), label=name,
+        )  # fmt: skip
     return axes
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustlayers.analysis._axes import INK, SERIES, axes_or_new, round_ticks
+from robustlayers.analysis._axes import GRAY, INK, SERIES, axes_or_new, round_ticks
 from robustlayers.analysis._ground import finite_row
 from robustlayers.analysis.signal import QUANTILES
 from robustlayers.core.errors import UserError
@@ -40,16 +40,19 @@ class Amplification:
         return found
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw a dot for each channel and a line through the medians: by how much a norm layer stretches what comes in.
+        """Draw a dot for each channel and a bar at the median: by how much a norm layer stretches what comes in.
 
-        How to read it: layers in the order of the model from the top down. A channel at 1 hands differences on as they
-        are, one at 10 makes them ten times as large, whether they are signal or perturbation; one at 0 is dead.
+        How to read it: norm layers in execution order from the top down, a dot for each channel. A channel at 1 hands
+        differences on as they are, one at 10 makes them ten times as large, whether they are signal or perturbation; one at
+        0 is dead.
         """
         axes = axes_or_new(axes, 5.2, 1.2 + 0.2 * len(self.layers))
         for place, values in enumerate(self.values):
-            axes.plot(values, [place] * len(values), "o", color=SERIES[0], alpha=0.35, markersize=4, markeredgewidth=0)
+            axes.plot(values, [place] * len(values), "o", color=SERIES[0], alpha=0.55, markersize=4, markeredgewidth=0)
         middles = [float(np.median(values)) for values in self.values]
-        axes.plot(middles, range(len(middles)), color=INK, linewidth=1.2, label="median of channels")
+        marks = {"marker": "|", "markersize": 13, "markeredgewidth": 2.2, "linestyle": ""}
+        axes.plot(middles, range(len(middles)), color=INK, label="median of channels", **marks)
+        axes.axvline(1, color=GRAY, linewidth=0.8)
         low, high = (float(np.concatenate(self.values).min()), 1.5 * max(1.0, float(np.concatenate(self.values).max())))
         if low > 0.02:  # no channel is near death: the scale need not go down to it
             axes.set_xscale("log")
@@ -62,7 +65,7 @@ class Amplification:
             axes.set_xlim(0, high)
         axes.set_yticks(range(len(self.layers)), self.layers)
         axes.set_ylim(len(self.layers) - 0.5, -0.8)
-        axes.set_xlabel("amplification |scale| / standard deviation")
+        axes.set_xlabel("amplification: |scale| / standard deviation")
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
         return axes
 

@@ -161,7 +161,7 @@ class Similarity:
         label_layers(axes, self.columns_layers, "x", color="white")
         label_layers(axes, self.rows_layers, "y", color="white")
         bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
-        bar.set_label(f"{self.metric} (1: same representation)")
+        bar.set_label(f"{self.metric}, 1: same representation")
         return axes
 
 

@@ -31,7 +31,7 @@ from robustlayers.analysis._ground import KEPT, Bench, Group, Groups, Quality, b
 from robustlayers.attacks import Attack
 from robustlayers.core.errors import UserError, one_of
 from robustlayers.core.files import write_text
-from robustlayers.core.random import stream_seed
+from robustlayers.core.random import global_draws, stream_seed
 from robustlayers.evaluation import Progress
 from robustlayers.selection import Inventory
 from robustlayers.training import copy_entries, snapshot
@@ -212,14 +212,10 @@ def fresh_state(model: nn.Module, seed: int = 0, build: Callable[[int], nn.Modul
     >>> torch.equal(fresh_state(net, seed=1)["0.weight"], fresh_state(net, seed=2)["0.weight"])
     False
     """
-    devices = list({tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.inference_mode(False):
-        torch.default_generator.manual_seed(stream_seed(seed, "fresh"))
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    with global_draws(stream_seed(seed, "fresh"), devices), torch.inference_mode(False):
         if build is not None:
             return snapshot(build(seed))
-        for device in devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(stream_seed(seed, "fresh"))
         copy = deepcopy(model)
         drawn = set()
         for module in copy.modules():

@@ -8,6 +8,7 @@ the line between two nets, and a barrier on it means that they do not lie in one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from robustlayers.analysis._axes import axes_or_new, by_depth
+from robustlayers.analysis._axes import GRAY, MARKERS, SERIES, axes_or_new
 from robustlayers.analysis._ground import KEPT, Bench, Groups, Quality, bind_groups, finite_row, put_back
 from robustlayers.analysis.worst import WorstCase, robust_criticality
 from robustlayers.attacks import Attack
@@ -78,18 +79,28 @@ class Line:
         return {group: max(0.0, height) for group, height in found.items()}
 
     def plot(self, axes: Axes | None = None, *, metric: str | None = None, statistics: str = KEPT) -> Axes:
-        """Draw one metric along every line, from the start (0) to the model (1); of many lines, lighter ones are later."""
+        """Draw one metric along every line, from the start (0) to the model (1).
+
+        Of more lines than there are colors, the five on which most changes have one, all others are gray.
+        """
         measured = all(point.robust_loss is not None for point in self.points)
         metric = metric or ("robust_loss" if measured else "clean_loss")
         lines = self._lines(metric, statistics)
         axes = axes_or_new(axes, 5.0, 3.4)
         scale = 100 if metric.endswith("accuracy") else 1
-        for (group, line), paint in zip(lines.items(), by_depth(len(lines)), strict=True):
-            axes.plot([t for t, _ in line], [scale * value for _, value in line], color=paint, label=group, marker=".")
+        chosen = list(lines)
+        if len(lines) > len(SERIES):
+            most = sorted(lines, key=lambda group: -_reach(lines[group]))[: len(SERIES) - 1]
+            chosen = [group for group in lines if group in most]  # in the order of execution
+        for place, group in enumerate(group for group in lines if group not in chosen):
+            name = None if place else f"{len(lines) - len(chosen)} others"
+            axes.plot(*_scaled(lines[group], scale), color=GRAY, linewidth=0.7, alpha=0.6, label=name)
+        for group, paint, mark in zip(chosen, SERIES, MARKERS, strict=False):
+            axes.plot(*_scaled(lines[group], scale), color=paint, label=group, marker=mark, markersize=4)
         axes.set_xlabel("position of the group: 0 start, 1 the model")
         axes.set_ylabel(f"{metric.replace('_', ' ')}, {'%' if scale == 100 else 'nats'}")
         if len(lines) > 1:
-            axes.legend(frameon=False, fontsize="small", ncols=1 + len(lines) // 12)
+            axes.legend(frameon=False, fontsize="small")
         return axes
 
     def _lines(self, metric: str, statistics: str) -> dict[str, list[tuple[float, float]]]:
@@ -106,6 +117,16 @@ class Line:
             if point.statistics == statistics:
                 lines.setdefault(point.group, []).append((point.position, value))
         return lines
+
+
+def _scaled(line: list[tuple[float, float]], scale: float) -> tuple[list[float], list[float]]:
+    return [t for t, _ in line], [scale * value for _, value in line]
+
+
+def _reach(line: list[tuple[float, float]]) -> float:
+    """Return how much the finite values of a line differ; infinity where one is not finite."""
+    values = [value for _, value in line]
+    return max(values) - min(values) if all(map(math.isfinite, values)) else math.inf
 
 
 def interpolation(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from robustlayers.analysis._axes import SERIES, axes_or_new
+from robustlayers.analysis._axes import axes_or_new, lines
 from robustlayers.analysis._ground import attacked, check_batch_size, finite_row, slices
 from robustlayers.analysis._marks import label_layers
 from robustlayers.analysis.activations import Layer, Layers, capture, layers_of, pooled
@@ -57,10 +57,10 @@ class ProbeRow:
 class Probes:
     """The probes of all layers, in order of execution.
 
-    How to read it: the line `clean to adversarial` shows how deep the attack reaches: where it leaves the line
-    `clean to clean`, the features of attacked images are no longer those of their class. Where `adversarial to
-    adversarial` stays high, the label can still be read, only by another direction. A gap that opens with depth is
-    overfitting in the features themselves.
+    How to read it: layers in execution order, a line for each kind of images that a probe was fitted on and then tested
+    on, held-out ones. Where `clean to adversarial` leaves `clean to clean`, the features of attacked images are no longer
+    those of their class; where `adversarial to adversarial` stays high, the label can still be read, only in another
+    direction.
     """
 
     layers: tuple[Layer, ...]
@@ -82,12 +82,8 @@ class Probes:
         """Draw held-out accuracy in percent over the layers, a line for each pair of kinds: fitted on to tested on."""
         pairs = list(dict.fromkeys((row.fitted_on, row.tested_on) for row in self.results))
         axes = axes_or_new(axes, 5.0, 3.8)
-        for place, pair in enumerate(pairs):
-            accuracies = [100 * row.accuracy for row in self.of(*pair)]
-            style = "-" if pair[0] == CLEAN else "--"
-            axes.plot(
-                range(len(accuracies)), accuracies, style, color=SERIES[place], marker=".", label=" to ".join(pair)
-            )
+        found = {" to ".join(pair): [100 * row.accuracy for row in self.of(*pair)] for pair in pairs}
+        lines(axes, found, [name for name, pair in zip(found, pairs, strict=True) if pair[0] != CLEAN])
         label_layers(axes, self.layers, "x")
         axes.set_ylim(0, 100)
         axes.set_ylabel("accuracy of the probe, %")

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustlayers.analysis._axes import GRAY, MARKERS, SERIES, axes_or_new, round_ticks
+from robustlayers.analysis._axes import GRAY, SERIES, axes_or_new, round_ticks
 from robustlayers.analysis._ground import finite_row
 from robustlayers.analysis._marks import label_layers
+from robustlayers.analysis._ridges import Limits, ridges
 from robustlayers.analysis.activations import Layer, Layers, batches, capture, layers_of
 from robustlayers.core.errors import UserError, one_of
 from robustlayers.evaluation import Progress
@@ -72,39 +73,17 @@ class SignalRatio:
                     found.append(finite_row({"perturbation": name, "layer": layer.name, "channel": channel, **numbers}))
         return found
 
-    def plot(self, axes: Axes | None = None, *, norm: str = "l2") -> Axes:
+    def plot(self, axes: Axes | None = None, *, norm: str = "l2", limits: Limits | None = None) -> Axes:
         """Draw a ridge for each layer: how the ratio of perturbation to signal is spread over samples.
 
         How to read it: layers in execution order from the top down, the ratio on a logarithmic scale; 1 means that the
         perturbation is as large as the signal. Where the ridge of adversarial images moves to the right from one layer to
         the next while that of noise stays, the layer amplifies what the attack found.
+
+        `limits`: ends of the scale, so that several nets share it.
         """
-        axes = axes_or_new(axes, 5.2, 1.4 + 0.17 * len(self.layers))
-        shown = {name: self.ratios(name, norm) for name in self.samples}
-        positive = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in shown.values()])
-        low, high = np.quantile(positive, [0.005, 0.995]) if len(positive) else (0.1, 10.0)
-        edges = np.geomspace(low / 1.05, high * 1.05, 61)
-        middles = np.sqrt(edges[1:] * edges[:-1])
-        for position, (name, values) in enumerate(shown.items()):
-            color = SERIES[position % len(SERIES)]
-            for place, layer in enumerate(values):
-                counts = np.histogram(layer[np.isfinite(layer)], edges)[0].astype(float)
-                smooth = np.convolve(counts, [0.25, 0.5, 0.25], mode="same")
-                height = 0.9 * smooth / (smooth.max() or 1.0)
-                label = name if place == 0 else None
-                axes.fill_between(middles, place - height, place, color=color, alpha=0.25, linewidth=0)
-                axes.plot(middles, place - height, color=color, linewidth=1, label=label)
-        axes.set_xscale("log")
-        ticks = round_ticks(edges[0], edges[-1])
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_xticks([], minor=True)
-        if edges[0] < 1 < edges[-1]:
-            axes.axvline(1, color=GRAY, linewidth=0.8)
-        axes.set_ylim(len(self.layers) - 0.5, -1.2)
-        label_layers(axes, self.layers, "y")
-        axes.set_xlabel(f"perturbation / signal, {norm}")
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-        return axes
+        shown = {name: list(self.ratios(name, norm)) for name in self.samples}
+        return ridges(axes, self.layers, shown, f"perturbation / signal of an image, {norm}", limits)
 
     def over(self, perturbation: str, reference: str, norm: str = "l2") -> np.ndarray:
         """Return how many times the median ratio of one perturbation is that of another at each layer, [layers]."""
@@ -115,6 +94,12 @@ class SignalRatio:
         """Return quantiles over the channels of each layer, [layers, levels]; channels without a ratio are left out."""
         values = self.channels[self._known(perturbation)]
         return np.stack([_quantiles(layer[self._norm(norm)], levels) for layer in values])
+
+    def by_channel(self, norm: str = "l2") -> ChannelSpread:
+        """Return the ratios of all channels in one norm, to be drawn."""
+        place = self._norm(norm)
+        found = {name: tuple(values[place] for values in by_layer) for name, by_layer in self.channels.items()}
+        return ChannelSpread(self.layers, found, norm)
 
     def _known(self, perturbation: str) -> str:
         if perturbation not in self.samples:
@@ -141,16 +126,18 @@ class SignalExcess:
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw a line over the layers for each measure, on a logarithmic scale.
 
-        How to read it: at 1 a layer hands on the attack as it does noise of the same l2 size in the image; a line that
-        rises with depth is a net that amplifies what the attack found. Dashed: the same with all perturbed images cast to
-        bytes, as the published code does, which cuts perturbations off; where it leaves the solid line, the cast decides.
+        How to read it: the median ratio of perturbation to signal under the attack over that under noise. At 1 a layer hands
+        on the attack as it does noise of the same l2 size in the image; a line that rises with depth is a net that amplifies
+        what the attack found. Dashed: the same with all perturbed images cast to bytes, as the published code does, which
+        cuts perturbations off; where it leaves the solid line, the cast decides.
         """
         axes = axes_or_new(axes, 5.2, 3.4)
         plain = [name.removesuffix(", cast") for name in self.values]
         colors = {name: SERIES[place % len(SERIES)] for place, name in enumerate(dict.fromkeys(plain))}
-        for (name, values), of in zip(self.values.items(), plain, strict=True):
-            style = "-" if name == of else "--"
-            axes.plot(range(len(values)), values, style, color=colors[of], linewidth=1.4, label=name)
+        pairs = sorted(zip(self.values, plain, strict=True), key=lambda pair: list(colors).index(pair[1]))
+        for name, of in pairs:  # a measure and the same of cast images beside one another
+            width, style = (2.4, "-") if name == of else (1.2, "--")
+            axes.plot(range(len(self.layers)), self.values[name], style, color=colors[of], linewidth=width, label=name)
         known = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in self.values.values()])
         low, high = (min(known.min(), 0.9), max(known.max(), 1.1)) if len(known) else (0.1, 10.0)
         axes.set_yscale("log")
@@ -160,47 +147,29 @@ class SignalExcess:
         axes.set_yticks([], minor=True)
         axes.axhline(1, color=GRAY, linewidth=0.8)
         label_layers(axes, self.layers, "x")
-        axes.set_ylabel(f"attack over {self.reference}, median")
+        axes.set_ylabel(f"attack / {self.reference}")
         axes.legend(frameon=False, fontsize="small", ncols=2)
         return axes
 
 
 @dataclass(frozen=True)
 class ChannelSpread:
-    """How ratios of perturbation to signal are spread over the channels of each layer: name -> quantiles [layers, 5]."""
+    """How ratios of perturbation to signal are spread over the channels of each layer: name -> for each layer [c]."""
 
     layers: tuple[Layer, ...]
-    values: Mapping[str, np.ndarray]
+    values: Mapping[str, tuple[np.ndarray, ...]]
     norm: str = "l2"
 
-    def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw for each layer and perturbation the middle half of the channels, and a dot at their median.
+    def plot(self, axes: Axes | None = None, *, limits: Limits | None = None) -> Axes:
+        """Draw a ridge for each layer: how the ratio is spread over its channels.
 
-        How to read it: layers in execution order from the top down, the ratio of each channel on a logarithmic scale; the
-        line goes from the channel at 25% to that at 75%, the thin one from 5% to 95%. A long line to the right is a layer
-        of which a few channels carry most of the perturbation.
+        How to read it: layers in execution order from the top down, the ratio of each channel on a logarithmic scale. A
+        ridge with a long tail to the right, or a second hill, is a layer of which a few channels carry most of the
+        perturbation; channels that are silent on clean images are left out.
+
+        `limits`: ends of the scale, so that several nets share it.
         """
-        axes = axes_or_new(axes, 5.2, 1.4 + 0.17 * len(self.layers))
-        known = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in self.values.values()])
-        low, high = (known.min() / 1.1, known.max() * 1.1) if len(known) else (0.1, 10.0)
-        wide = 0.6 / max(1, len(self.values))
-        for place, (name, rows) in enumerate(self.values.items()):
-            color, heights = SERIES[place % len(SERIES)], np.arange(len(rows)) - 0.3 + wide * (place + 0.5)
-            shown = np.clip(np.nan_to_num(rows, nan=np.nan, posinf=high), low, high)
-            axes.hlines(heights, shown[:, 0], shown[:, -1], color=color, linewidth=0.7, alpha=0.6)
-            axes.hlines(heights, shown[:, 1], shown[:, -2], color=color, linewidth=2.2)
-            marks = {"marker": MARKERS[place % len(MARKERS)], "markersize": 3.5, "linestyle": ""}
-            axes.plot(shown[:, 2], heights, color=color, label=name, **marks)
-        axes.set_xscale("log")
-        axes.set_xlim(low, high)
-        ticks = round_ticks(low, high)
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_xticks([], minor=True)
-        axes.set_ylim(len(self.layers) - 0.5, -0.8)
-        label_layers(axes, self.layers, "y")
-        axes.set_xlabel(f"perturbation / signal of a channel, {self.norm}")
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
-        return axes
+        return ridges(axes, self.layers, self.values, f"perturbation / signal of a channel, {self.norm}", limits)
 
 
 def signal_ratio(

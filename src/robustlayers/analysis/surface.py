@@ -80,10 +80,11 @@ class Surface:
             ends_of_ball = [far, 0, -far, 0, far], [0, far, 0, -far, 0]
             axes.plot(*ends_of_ball, color="white", linewidth=1.2, linestyle=(0, (4, 3)))
         axes.plot(0, 0, "o", color="white", markeredgecolor=INK)
-        axes.set_xlabel(f"{self.names[0]} (1/255)")
-        axes.set_ylabel(f"{self.names[1]} (1/255)")
+        axes.set_xlabel(f"{self.names[0]}, 1/255")
+        axes.set_ylabel(f"{self.names[1]}, 1/255")
+        axes.locator_params(nbins=5)
         bar = axes.figure.colorbar(image, ax=axes, shrink=0.85)
-        bar.set_label("cross-entropy (nats)")
+        bar.set_label("cross-entropy, nats")
         return axes
 
 

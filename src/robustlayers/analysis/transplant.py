@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from robustlayers.analysis._axes import axes_or_new
+from robustlayers.analysis._axes import axes_or_new, ink_on
 from robustlayers.analysis._ground import KEPT, Bench, Group, Groups, bind_groups, finite_row, put_back
 from robustlayers.attacks import Attack
 from robustlayers.core.errors import UserError, one_of
@@ -84,7 +84,7 @@ class Transplants:
         axes.imshow(cells, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         for place, row in enumerate(cells):
             for column, value in enumerate(row):
-                ink = "white" if value < 50 else "black"
+                ink = ink_on(value / 100)
                 axes.text(column, place, f"{value:.1f}", ha="center", va="center", color=ink, fontsize="small")
         axes.set_xticks(range(len(columns)), [kind.removesuffix("_accuracy") for _, kind in columns])
         middles = [place * len(kinds) + (len(kinds) - 1) / 2 for place in range(len(self.names))]

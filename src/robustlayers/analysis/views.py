@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustlayers.analysis._axes import MARKERS, SERIES, axes_or_new
+from robustlayers.analysis._axes import axes_or_new, ink_on, lines
 from robustlayers.analysis._ground import finite_row
 from robustlayers.analysis._marks import label_layers
 from robustlayers.analysis.activations import Layer, Layers, layers_of
@@ -93,12 +93,7 @@ class SameLayer:
         have nothing in common there. A line that falls with depth is a difference that the net amplifies.
         """
         axes = axes_or_new(axes, 5.2, 3.4)
-        step = max(1, len(self.layers) // 12)
-        for place, (name, values) in enumerate(self.values.items()):
-            axes.plot(
-                range(len(values)), values, color=SERIES[place % len(SERIES)], marker=MARKERS[place % len(MARKERS)],
-                markevery=(place * step // 2 % step, step), markersize=5, markeredgewidth=0, linewidth=1.4, label=name,
-            )  # fmt: skip
+        lines(axes, {name: list(values) for name, values in self.values.items()})
         known = [float(value) for values in self.values.values() for value in values if np.isfinite(value)]
         low = min(known, default=0.0)
         bottom = next((start for start in (0.9, 0.5, 0.0) if low > start), low)  # few scales, so that arms share them
@@ -161,8 +156,7 @@ class Crossing:
             for j, other in enumerate(self.other_seen):
                 found = self.parting(seen, other)
                 text = f"{means[i, j]:.2f}\n" + ("never" if found.layer is None else f"at {100 * found.depth:.0f}%")
-                ink = "white" if not means[i, j] >= 0.5 else "black"
-                axes.text(j, i, text, ha="center", va="center", color=ink, fontsize="small")
+                axes.text(j, i, text, ha="center", va="center", color=ink_on(float(means[i, j])), fontsize="small")
         axes.set_xticks(range(len(self.other_seen)), self.other_seen)
         axes.set_yticks(range(len(self.seen)), self.seen)
         return axes
@@ -203,14 +197,17 @@ class Contrast:
         i, j = np.unravel_index(int(size.argmax()), size.shape)
         return float(self.values[i, j]), self.one.rows_layers[i].name, self.one.columns_layers[j].name
 
-    def plot(self, axes: Axes | None = None) -> Axes:
+    def plot(self, axes: Axes | None = None, *, reach: float | None = None) -> Axes:
         """Draw a heat map of the difference: one color for each sign, pale where both sets give the same.
 
         How to read it: layers in execution order from the lower left corner on. Colored blocks are pairs of layers that
         represent the images that were trained on otherwise than unseen ones; a net that generalizes is pale everywhere.
+
+        `reach`: the difference at both ends of the colors, so that several nets have the same scale.
         """
         axes = axes_or_new(axes, 5.2, 4.6)
-        reach = max(0.05, float(np.nanmax(np.abs(self.values), initial=0.0)))
+        most = float(np.nanmax(np.abs(self.values), initial=0.0))
+        reach = max(0.05, most if reach is None else reach)
         shown = {"cmap": "PuOr", "vmin": -reach, "vmax": reach}
         image = axes.imshow(self.values, origin="lower", interpolation="nearest", **shown)
         label_layers(axes, self.one.columns_layers, "x")

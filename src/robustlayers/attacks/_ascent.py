@@ -13,6 +13,7 @@ from robustlayers.attacks._draws import Generators
 from robustlayers.attacks._goal import Goal
 from robustlayers.attacks.threat import Threat
 from robustlayers.core.errors import UserError
+from robustlayers.core.quantities import number
 
 Forward = Callable[[Tensor], Tensor]
 """Images [n, ...] in [0, 1] -> logits [n, classes]."""
@@ -87,6 +88,19 @@ def prepare(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
                 "normalization by mean and standard deviation belongs inside the model"
             )
     return usable(x), usable(y)
+
+
+def step_length(value: float | int | str, threat: Threat) -> float:
+    """Return the length of a step as a number in pixel units of [0, 1].
+
+    Raises `UserError` unless it is more than 0, and in linf for one above 1, the width of the box.
+    """
+    step = number(value, "step_size")
+    if step <= 0:
+        raise UserError(f"step_size: {value} is not allowed; allowed: more than 0, in pixel units")
+    if threat.norm == "linf" and step > 1:
+        raise UserError(f"step_size: {value} is not allowed; allowed: at most 1, in pixel units of [0, 1]; write 2/255")
+    return step
 
 
 def usable(tensor: Tensor) -> Tensor:

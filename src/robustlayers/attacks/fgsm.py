@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustlayers.attacks._ascent import Forward, differentiating, flag, gradient, prepare
+from robustlayers.attacks._ascent import Forward, differentiating, flag, gradient, prepare, step_length
 from robustlayers.attacks._draws import Generators, own_generator
 from robustlayers.attacks._goal import make_goal
 from robustlayers.attacks._identity import identity_of
@@ -226,8 +226,6 @@ class NFGSM:
 def _check_step(attack: RFGSM | NFGSM) -> None:
     """Check the options that attacks from a random point share, and make the step a number."""
     if attack.step_size is not None:
-        object.__setattr__(attack, "step_size", number(attack.step_size, "step_size"))
-        if attack.step <= 0:
-            raise UserError(f"step_size: {attack.step_size} is not allowed; allowed: more than 0, in pixel units")
+        object.__setattr__(attack, "step_size", step_length(attack.step_size, attack.threat))
     if find_loss(attack.loss).against_clean:
         raise UserError(f"loss {attack.loss}: not offered for an attack of one step; allowed: ce, dlr, margin")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from robustlayers.attacks._ascent import Best, Forward, count, differentiating, prepare
+from robustlayers.attacks._ascent import Best, Forward, count, differentiating, prepare, step_length
 from robustlayers.attacks._climb import climb
 from robustlayers.attacks._draws import Generators
 from robustlayers.attacks._goal import make_goal
@@ -46,9 +46,7 @@ class MIM:
     def __post_init__(self) -> None:
         count("steps", self.steps, 1)
         if self.step_size is not None:
-            object.__setattr__(self, "step_size", number(self.step_size, "step_size"))
-            if self.step <= 0:
-                raise UserError(f"step_size: {self.step_size} is not allowed; allowed: more than 0, in pixel units")
+            object.__setattr__(self, "step_size", step_length(self.step_size, self.threat))
         object.__setattr__(self, "decay", number(self.decay, "decay"))
         if self.decay <= 0:
             raise UserError(f"decay: {self.decay} is not allowed; allowed: more than 0; without momentum it is pgd")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustlayers.attacks._ascent import Best, Forward, count, differentiating, flag, prepare, usable
+from robustlayers.attacks._ascent import Best, Forward, count, differentiating, flag, prepare, step_length, usable
 from robustlayers.attacks._climb import climb
 from robustlayers.attacks._draws import Generators, normal, own_generator
 from robustlayers.attacks._goal import make_goal
@@ -76,9 +76,7 @@ class PGD:
         count("restarts", self.restarts, 1)
         flag("random_start", self.random_start)
         if self.step_size is not None:
-            object.__setattr__(self, "step_size", number(self.step_size, "step_size"))
-            if self.step <= 0:
-                raise UserError(f"step_size: {self.step_size} is not allowed; allowed: more than 0, in pixel units")
+            object.__setattr__(self, "step_size", step_length(self.step_size, self.threat))
         if self.keep not in KEEPS:
             raise UserError(one_of("iterate to keep", str(self.keep), KEEPS))
         if self.restarts > 1 and not self.random_start:

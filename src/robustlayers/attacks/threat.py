@@ -158,7 +158,12 @@ class Threat:
 
 
 def Linf(eps: float | int | str) -> Threat:
-    """Return the threat in which every pixel may change by at most `eps`, e.g. `Linf("8/255")`."""
+    """Return the threat in which every pixel may change by at most `eps`, e.g. `Linf("8/255")`.
+
+    Raises `UserError` for an eps above 1 too, the width of the box: that is one in units of 1/255.
+    """
+    if number(eps, "eps") > 1:
+        raise UserError(f"eps: {eps} is not allowed; allowed: at most 1, in pixel units of [0, 1]; write 8/255")
     return Threat("linf", eps)
 
 

@@ -14,6 +14,8 @@ import tyro
 from robustlayers.cli.arguments import Trust
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from robustlayers.study.analyze import Job
 
 __all__ = ["analyse"]
@@ -138,12 +140,12 @@ def _seeds(text: str | None, store: Any) -> tuple[int, ...]:
 
 
 def _show(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
-    """Print the headline numbers of each result."""
+    """Print the headline numbers of each result, and where nets lie that it made."""
     from robustlayers.study.analyses import ANALYSES
     from robustlayers.study.analyzed import number_text
 
     for name in ANALYSES:
-        for _, record in results:
+        for folder, record in results:
             if record["analysis"] != name:
                 continue
             other = f" against {record['against']}" if record["against"] else ""
@@ -154,6 +156,8 @@ def _show(results: Sequence[tuple[Path, dict[str, Any]]]) -> None:
                     if one.get("arm", record["arm"]) == arm
                 )
                 print(f"{name}: {arm}{other}, seed {record['seed']}: {numbers}")
+            for file in record.get("weights", ()):
+                print(f"{name}: {record['arm']}, seed {record['seed']}: weights in {folder / file}")
 
 
 class _Display:
@@ -171,26 +175,26 @@ class _Display:
     def moment(self, job: Job, share: float, what: str) -> None:
         """Take note of how far a job is."""
         now = time.monotonic()
-        status = self._status(self.finished + job.size * share)
+        whole = (self.finished + job.size * share) / max(self.total, 1e-9)
+        left = self._left(whole)
+        status = f"[{min(whole, 1):.0%}{left and ', '}{left}]"
+        self.refresh(job, share, what, whole, left)
         if what == "done":
             self.finished += job.size
             self.count += 1
             self.told, self.first = now, True
             self.line(f"{job.text}: done ({self.count} of {self.of}) {status}")
-            return
-        self.refresh(f"{job.text}: {what} {share:.0%} {status}")
-        if now - self.told >= (_FIRST_SECONDS if self.first else _LINE_SECONDS):
+        elif now - self.told >= (_FIRST_SECONDS if self.first else _LINE_SECONDS):
             self.told, self.first = now, False
             self.now_and_then(f"{job.text}: {what} {share:.0%} {status}")
 
-    def _status(self, done: float) -> str:
+    def _left(self, share: float) -> str:
+        """Return the time left in words, empty before it can be told."""
         from robustlayers.cli.plan import duration_text
 
-        share = done / max(self.total, 1e-9)
         if share >= 1 or share < 0.002:
-            return f"[{min(share, 1):.0%}]"
-        left = (time.monotonic() - self.began) * (1 - share) / share
-        return f"[{share:.0%}, {duration_text(left)} left]"
+            return ""
+        return f"{duration_text((time.monotonic() - self.began) * (1 - share) / share)} left"
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
@@ -200,34 +204,40 @@ class _Display:
         """Print a line of progress where nothing can move."""
         self.line(text)
 
-    def refresh(self, text: str) -> None:
+    def refresh(self, job: Job, share: float, what: str, whole: float, left: str) -> None:
         """Show what moves; lines have nothing that moves."""
 
 
-class _Status(_Display):
-    def __init__(self, jobs: Sequence[Job], status: Any) -> None:
+class _Bars(_Display):
+    def __init__(self, jobs: Sequence[Job], progress: Progress) -> None:
         super().__init__(jobs)
-        self.status = status
+        self.progress = progress
+        self.whole = progress.add_task("analyse", total=1.0, note="")
+        self.one = progress.add_task("", total=1.0, note="", visible=False)
 
     def line(self, text: str) -> None:
-        self.status.console.print(text, markup=False, highlight=False)
+        self.progress.console.print(text, markup=False, highlight=False)
 
     def now_and_then(self, text: str) -> None:
         pass
 
-    def refresh(self, text: str) -> None:
-        from rich.markup import escape
+    def refresh(self, job: Job, share: float, what: str, whole: float, left: str) -> None:
+        from robustlayers.cli.progress import fitting
 
-        self.status.update(escape(text))
+        self.progress.update(self.whole, completed=whole, note=left)
+        self.progress.update(self.one, description=f"  {job.text}", completed=share, visible=what != "done")
+        self.progress.update(self.one, note=fitting(what, self.progress))
 
 
 @contextmanager
 def _display(jobs: Sequence[Job]) -> Iterator[_Display]:
     from rich.console import Console
 
+    from robustlayers.cli.progress import bars
+
     console = Console()
     if not jobs or not (sys.stdout.isatty() and console.is_terminal):
         yield _Display(jobs)
         return
-    with console.status("loading") as status:
-        yield _Status(jobs, status)
+    with bars(console) as progress:
+        yield _Bars(jobs, progress)

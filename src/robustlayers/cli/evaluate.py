@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from robustlayers.cli.subject import Subject
     from robustlayers.evaluation import SanityReport
     from robustlayers.evaluation.cascade import Moment, Outcome
+    from robustlayers.study.course import Course
     from robustlayers.study.schema import CorruptionsConfig
 
 __all__ = ["evaluate"]
 
 _FLAGGED = 100  # test images that the flags look at
 _FINAL = ("AutoAttack", "APGD-CE+T")  # labels that no other attack should be able to beat
-_LINE_SECONDS = 20.0  # between lines of progress where there is no terminal
+_FIRST_SECONDS, _LINE_SECONDS = 5.0, 20.0  # until the first line of progress where there is no terminal, and on
 
 Assignments = tuple[str, ...]
 
@@ -121,9 +122,11 @@ def evaluate(
     try:
         with _progress() as progress:
             outcomes = _outcomes(subject, wanted, threat, seed, batch_size, out, progress)
+            course = _course(subject, families, sanity, progress(""))
+            course.part("", "flags")("flags", 0, 1)
             raised = _flags(subject, outcomes, threat)
-            beside = rows_beside(subject, families, batch_size, _plain(progress("")))
-            checked = _sanity(subject, threat, seed, _plain(progress("sanity"))) if sanity else None
+            beside = rows_beside(subject, families, batch_size, _beside(course, len(subject.test)))
+            checked = _sanity(subject, threat, seed, course) if sanity else None
     except KeyboardInterrupt:
         if out is not None:
             raise
@@ -186,11 +189,42 @@ def _flags(subject: Subject, outcomes: Mapping[str, Outcome], threat: Threat) ->
     return raised + (black_box(white, black) if black and white else [])
 
 
-def _sanity(subject: Subject, threat: Threat, seed: int, progress: Callable[[str, int, int], None]) -> SanityReport:
+def _sanity(subject: Subject, threat: Threat, seed: int, course: Course) -> SanityReport:
     from robustlayers.evaluation import sanity
+    from robustlayers.study.course import turn_of_sanity
 
-    some = subject.test.images[:_FLAGGED], subject.test.labels[:_FLAGGED]
-    return sanity(subject.model, *some, threat, seed=seed, progress=progress)
+    images, labels = subject.test.images[:_FLAGGED], subject.test.labels[:_FLAGGED]
+    progress = course.part("", "sanity", lambda what: len(images) * turn_of_sanity(what), prefix="sanity: ")
+    return sanity(subject.model, images, labels, threat, seed=seed, progress=progress)
+
+
+def _course(subject: Subject, families: CorruptionsConfig, sanity: bool, tell: Callable[[Moment], None]) -> Course:
+    """Return how far is what is measured beside the attacks; it knows from its own pace how long that will take."""
+    from robustlayers.evaluation.cascade import Moment
+    from robustlayers.study.course import Course
+    from robustlayers.study.extras import families_of
+
+    began = time.monotonic()
+
+    def told(what: str, done: int, of: int, share: float) -> None:
+        seconds = time.monotonic() - began
+        left = seconds * (1 - share) / share if share and seconds > 1 else None
+        tell(Moment(what, done, of, -1, left))
+
+    n = len(subject.test)
+    cells = len(families_of(families, subject.test.shape[0])) * len(families.severities)
+    passes = {"flags": 43 * min(_FLAGGED, n), "calibration": n, "corruptions": n * (cells + 1) if cells else 0}
+    return Course(
+        told, {("", name): size for name, size in {**passes, "sanity": sanity * 1600 * min(_FLAGGED, n)}.items()}
+    )
+
+
+def _beside(course: Course, images: int) -> Callable[[str, int, int], None]:
+    """Return what is to be called for the calibration error, and then for each corruption."""
+    calibrated = course.part("", "calibration")
+    corrupted = course.part("", "corruptions", lambda what: float(images))
+    calibrated("calibration", 0, images)
+    return lambda what, done, of: (calibrated if what == "calibration" else corrupted)(what, done, of)
 
 
 def _families(names: Sequence[str], subject: Subject) -> CorruptionsConfig:
@@ -205,13 +239,6 @@ def _families(names: Sequence[str], subject: Subject) -> CorruptionsConfig:
     except UserError as error:
         raise UserError([Fault(fault.message, path="--corruptions") for fault in error.faults]) from None
     return config
-
-
-def _plain(tell: Callable[[Moment], None]) -> Callable[[str, int, int], None]:
-    """Return a receiver of progress that knows neither what still stands nor how long it will take."""
-    from robustlayers.evaluation.cascade import Moment
-
-    return lambda what, done, of: tell(Moment(what, done, of, -1, None))
 
 
 def _check_attacks(wanted: Sequence[str], threat: Threat) -> None:
@@ -232,14 +259,15 @@ def _check_attacks(wanted: Sequence[str], threat: Threat) -> None:
 
 
 def _threat(norm: str | None, eps: str | None, subject: Subject) -> Threat:
-    from robustlayers.attacks import Threat
+    from robustlayers.attacks import Linf, Threat
     from robustlayers.core.errors import Fault, UserError
 
     known = subject.threat
     if eps is None and (known is None or (norm is not None and norm != known.norm)):
         raise UserError(Fault("is missing: how far may a pixel move? write 8/255", path="--eps"))
     try:
-        return Threat(norm or (known.norm if known else "linf"), eps if eps is not None else known.eps if known else 0)
+        kind, radius = norm or (known.norm if known else "linf"), eps if eps is not None else known.eps if known else 0
+        return Linf(radius) if kind == "linf" else Threat(kind, radius)
     except UserError as error:
         path = "--norm" if "norm" in error.faults[0].message else "--eps"
         raise UserError([Fault(fault.message, path=path) for fault in error.faults]) from None
@@ -274,30 +302,42 @@ def _renamed(texts: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], Callable[[Moment], None]]]:
-    """Yield what makes a receiver of progress: one line that changes on a terminal, a line now and then elsewhere."""
+    """Yield what makes a receiver of progress: a bar on a terminal, a line now and then elsewhere."""
     from rich.console import Console
 
     from robustlayers.cli.plan import duration_text
+    from robustlayers.cli.progress import bars, fitting
 
-    def say(name: str, moment: Moment) -> str:
-        what = f"{name}: {moment.attack}" if name else moment.attack
-        left = "" if moment.left is None else f", about {duration_text(moment.left)} left"
-        standing = f", {moment.robust} still right" if moment.robust >= 0 else ""
-        return f"{what}: {moment.done} of {moment.of} images{standing}{left}"
+    def text(name: str, moment: Moment) -> str:
+        return f"{name}: {moment.attack}" if name else moment.attack
+
+    def count(moment: Moment) -> str:
+        """Return how many images are done and still right, and the time left."""
+        said = [f"{moment.done} of {moment.of} images"] if moment.of > 1 else []
+        said += [f"{moment.robust} still right"] if moment.robust >= 0 else []
+        return ", ".join(said + ([] if moment.left is None else [f"about {duration_text(moment.left)} left"]))
 
     console = Console(stderr=True)
     if console.is_terminal:
-        with console.status("clean") as status:
-            yield lambda name: lambda moment: status.update(say(name, moment))
+        with bars(console) as progress:
+            bar = progress.add_task("clean", total=1.0, note="")
+
+            def move(name: str, moment: Moment) -> None:
+                share = (moment.done + moment.begun) / max(1, moment.of)
+                progress.update(
+                    bar, description=text(name, moment), completed=share, note=fitting(count(moment), progress)
+                )
+
+            yield lambda name: lambda moment: move(name, moment)
         return
-    told = [time.monotonic()]
+    due = [time.monotonic() + _FIRST_SECONDS]
 
     def line(name: str) -> Callable[[Moment], None]:
         def tell(moment: Moment) -> None:
             over = moment.done == moment.of and moment.robust >= 0
-            if over or time.monotonic() - told[0] >= _LINE_SECONDS:
-                told[0] = time.monotonic()
-                print(say(name, moment), file=sys.stderr, flush=True)
+            if over or time.monotonic() >= due[0]:
+                due[0] = time.monotonic() + _LINE_SECONDS
+                print(f"{text(name, moment)}: {count(moment)}", file=sys.stderr, flush=True)
 
         return tell
 

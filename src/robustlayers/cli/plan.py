@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +30,6 @@ def plan(
 
     from robustlayers.study.definition import load_study
     from robustlayers.study.describe import describe_plan
-    from robustlayers.study.estimate import estimate_seconds
     from robustlayers.study.plan import make_plan
 
     made = make_plan(load_study(Path(study), overrides, trust=trust))
@@ -43,7 +42,6 @@ def plan(
             share = facts["norm_parameters"] / facts["model_parameters"]
             extra = f", {facts['model_parameters']:,} parameters, norm layers {share:.3%}"
         console.print(f"  {key.replace('_', ' '):<16} {facts[key]}{extra}", markup=False, soft_wrap=True)
-    console.print(f"  {'evaluation':<16} {'; '.join(facts['attack_texts'].values())}", markup=False, soft_wrap=True)
 
     arms = Table(title="arms", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in ("arm", "run", "phases", "trained", "share", "forward", "backward"):
@@ -93,13 +91,57 @@ def plan(
         f"{len(facts['arms'])} arms x {len(facts['seeds'])} seeds: {facts['trainings']} phase trainings"
         + (f" ({saved} fewer than without sharing)" if saved else "")
     )
-    total = sum(n.forward_passes + n.backward_passes for n in made.nodes.values()) * len(facts["seeds"])
-    line = f"cost: {count_text(total)} passes of one image"
-    if timing:
-        seconds, how = estimate_seconds(made)
-        line += f", about {duration_text(seconds)} ({how})"
-    console.print(line)
+    _print_measuring(console, made)
+    _print_cost(console, made, timing)
     return 0
+
+
+def _print_measuring(console: Any, made: Plan) -> None:
+    """Print what is measured, when, and what each part of it costs for one net."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from robustlayers.study.cost import measuring_parts, watching_part
+    from robustlayers.study.semantics import data_of
+
+    recipe = made.arms[0].recipe
+    checkpoints = " and ".join(recipe.evaluate.checkpoints)
+    title = f"measured of each net, on {len(data_of(recipe.data)[3]):,} test images"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("when", "what", "how"):
+        table.add_column(column, overflow="fold")
+    table.add_column("passes, at most", justify="right")
+    watched = watching_part(recipe)
+    table.add_row("after each epoch", watched.name, Text(watched.text), count_text(watched.passes))
+    for index, part in enumerate(measuring_parts(recipe)):
+        when = f"at {checkpoints}, each" if not index else ""
+        table.add_row(when, part.name, Text(part.text), count_text(part.passes))
+    console.print(table)
+
+
+def _print_cost(console: Any, made: Plan, timing: bool) -> None:
+    """Print what the whole study costs, by what it is spent on, in passes and, with `timing`, in time."""
+    from robustlayers.study.cost import plan_cost
+
+    cost = plan_cost(made)
+
+    def parts(values: Mapping[str, float], text: Callable[[float], str]) -> str:
+        total = max(sum(values.values()), 1e-9)
+        return ", ".join(f"{name} {text(value)} ({value / total:.0%})" for name, value in values.items())
+
+    spent = {"training": cost.training, "after its epochs": cost.watching, "measuring": cost.measuring}
+    line = f"cost: at most {count_text(cost.total)} passes of one image: {parts(spent, count_text)}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if timing:
+        from robustlayers.study.estimate import estimate
+
+        found = estimate(made)
+        spent = {"training": found.training, "after its epochs": found.watching, "measuring": found.measuring}
+        line = f"time: about {duration_text(found.seconds)} if all of them are made, with {found.workers} worker(s), "
+        line += f"{found.threads} thread(s) each: "
+        console.print(line + parts(spent, duration_text), markup=False, highlight=False, soft_wrap=True)
+        for number, text in enumerate(found.lines()):
+            console.print(f"{'' if number else 'timed:':<6} {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_phases(console: Any, facts: Mapping[str, Any], nodes: Mapping[str, Any]) -> None:

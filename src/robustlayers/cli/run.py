@@ -28,7 +28,7 @@ def run(
 ) -> int:
     """Run a study, or what is left of it; kill it at any moment, the same command goes on and ends with the same bits.
 
-    Under `torchrun --nproc-per-node N -m robustlayers run ...` N processes share the batches of every phase.
+    Under `torchrun --nproc-per-node N -m robustlayers run ...` N processes share the batches of every phase and of the attacks.
     """
     from robustlayers.cli.shared import together
     from robustlayers.core.ranks import ALONE, environment

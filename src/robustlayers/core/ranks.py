@@ -19,7 +19,7 @@ from robustlayers.core.errors import UserError
 
 __all__ = ["ALONE", "Lost", "Ranks", "environment", "joined"]
 
-_PATIENCE = timedelta(hours=24)  # of one that waits for another: rank 0 may measure meanwhile; torchrun ends the dead
+_PATIENCE = timedelta(hours=24)  # for another that works alone meanwhile; torchrun ends the dead
 
 
 class Lost(Exception):

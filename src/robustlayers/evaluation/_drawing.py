@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GRAY", "MARKERS", "SERIES", "axes_or_new", "grid"]
 
-# Okabe and Ito's palette, as in the report, which exchanges these very colors for those of the reader's scheme.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# As in the report, which exchanges these very colors for those of the reader's scheme.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#703000", "#4f1d8c")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GRAY = "#66707b"
 

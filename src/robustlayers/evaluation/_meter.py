@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustlayers.attacks import NamedAttack
 from robustlayers.evaluation._shards import Shard
 
-__all__ = ["Meter", "Moment", "Outlook"]
+__all__ = ["PAUSE", "Meter", "Moment", "Outlook", "units_of"]
 
-_PAUSE = 0.5  # seconds between two reports
+PAUSE = 0.5
+"""Seconds between two reports, at least."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Moment:
     """Where an evaluation stands: images that `attack` is done with, `of` how many, and how many are still `robust`.
 
     `left`: seconds that all attacks will still take, if as many images are broken as so far; None before it can be told.
+    `begun`: what is done of the batch under way, in images.
     """
 
     attack: str
@@ -28,6 +31,12 @@ class Moment:
     of: int
     robust: int
     left: float | None
+    begun: float = 0.0
+
+
+def units_of(attack: NamedAttack) -> int:
+    """Return the most that an image costs under an attack, in forward passes; a backward counts as two."""
+    return max(1, attack.forward_passes + 2 * attack.backward_passes)
 
 
 class Outlook:
@@ -89,16 +98,21 @@ class Outlook:
 
     def _tell(self, *, always: bool = False) -> None:
         now = time.monotonic()
-        if self._progress is not None and (always or now - self._told >= _PAUSE):
+        if self._progress is not None and (always or now - self._told >= PAUSE):
             self._told = now
-            self._progress(Moment(self._name, self._done, self._of, self._of - self._broken, self.left()))
+            begun = min(self._under_way / self._units[0], self._of - self._done) if self._units else 0.0
+            moment = Moment(self._name, self._done, self._of, self._of - self._broken, self.left(), begun)
+            self._progress(moment)
 
 
 class Meter:
-    """A forward that counts the passes it makes: one for each image, and a backward where a gradient is asked for."""
+    """A forward that counts the passes it makes: one for each image, and a backward where a gradient is asked for.
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], outlook: Outlook) -> None:
-        self._forward, self._outlook = forward, outlook
+    `tick` is called before each of them with its cost, in forward passes of single images.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], tick: Callable[[int], None]) -> None:
+        self._forward, self._tick = forward, tick
         self.forwards = self.backwards = 0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -106,5 +120,5 @@ class Meter:
         backward = torch.is_grad_enabled() and x.requires_grad
         self.forwards += len(x)
         self.backwards += len(x) if backward else 0
-        self._outlook.tick(len(x) * (3 if backward else 1))
+        self._tick(len(x) * (3 if backward else 1))
         return self._forward(x)

@@ -71,3 +71,26 @@ def check_labels(x: Tensor, y: Tensor) -> None:
         raise UserError(f"evaluation takes one integer label per image; got {got}")
     if len(x) == 0:
         raise UserError("there is no image to evaluate on")
+
+
+def check_logits(logits: object, y: Tensor) -> Tensor:
+    """Return what a forward made of images with the labels `y`, if it is logits [n, classes] that have all labels.
+
+    Waits for the device. Raises `UserError` for anything else, such as a tuple, and for labels that are no class.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(y):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"the forward must return logits [n, classes]; it returned {shape} for {len(y)} image(s)")
+    check_classes(y, logits.shape[1])
+    return logits
+
+
+def check_classes(y: Tensor, classes: int) -> None:
+    """Raise `UserError` if a label is not one of so many classes: labels counted from 1 would only look hard."""
+    if len(y):
+        low, high = (int(value) for value in torch.aminmax(y))
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            raise UserError(
+                f"label {wrong} is no class of the forward, which returns {classes} logits; allowed: 0 to {classes - 1}"
+            )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from robustlayers.attacks import Attack, is_correct, is_own, label
+from robustlayers.attacks import Attack, NamedAttack, is_correct, is_own, label
 from robustlayers.core.errors import UserError
 from robustlayers.core.random import stream
 from robustlayers.core.ranks import ALONE, Ranks
-from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still, untouched
+from robustlayers.evaluation._meter import PAUSE, Meter, units_of
+from robustlayers.evaluation._still import Forward, check_labels, check_logits, device_of, images, still, untouched
 from robustlayers.normalization.fold import crafting_forward
 from robustlayers.normalization.layers import seed_draws
 
@@ -103,7 +105,9 @@ def worst_case(
                 _seed_draws(forward, seed, _without_restarts(attack), first)
                 # The attack may be foreign: what it does to the modes or statistics must not reach the verdict.
                 with untouched(forward):
-                    adversarial = attack(crafting if is_own(attack) else forward, natural, labels, generator=generator)
+                    own = crafting if is_own(attack) else forward
+                    watched = _watched(own, attack, name, first, len(batch), len(right), progress)
+                    adversarial = attack(watched, natural, labels, generator=generator)
                 _check(name, attack, adversarial, natural)
                 _seed_draws(forward, seed, "verdict", _without_restarts(attack), first)
                 verdicts[name][batch] = _verdict(forward, adversarial.to(natural.dtype), labels)
@@ -123,12 +127,32 @@ def _seed_draws(forward: Forward, seed: int, *position: int | str) -> None:
 def _batches(
     indices: Tensor, batch_size: int, name: str, progress: Progress | None, ranks: Ranks
 ) -> Iterator[tuple[int, Tensor]]:
+    if progress is not None:
+        progress(name, 0, len(indices))
     for place, first in enumerate(range(0, len(indices), batch_size)):
         batch = indices[first : first + batch_size]
         if place % ranks.count == ranks.index:
             yield first, batch
         if progress is not None:
             progress(name, first + len(batch), len(indices))
+
+
+def _watched(
+    forward: Forward, attack: Attack, name: str, first: int, size: int, of: int, progress: Progress | None
+) -> Forward:
+    """Return the forward, which tells now and then how far our attack on a batch of `size` images is, by its passes."""
+    if progress is None or not is_own(attack):
+        return forward
+    units, made, told = units_of(cast(NamedAttack, attack)), 0, time.monotonic()
+
+    def tick(count: int) -> None:
+        nonlocal made, told
+        made += count
+        if time.monotonic() - told >= PAUSE:
+            told = time.monotonic()
+            progress(name, first + min(size, made // units), of)
+
+    return Meter(forward, tick)
 
 
 def _of_all(verdict: Tensor, ranks: Ranks) -> Tensor:
@@ -142,7 +166,7 @@ def _take(tensor: Tensor, indices: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _verdict(forward: Forward, x: Tensor, y: Tensor) -> Tensor:
-    return is_correct(forward(x.detach()), y).cpu()
+    return is_correct(check_logits(forward(x.detach()), y), y).cpu()
 
 
 def _check(name: str, attack: Attack, adversarial: Tensor, natural: Tensor) -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from robustlayers.attacks import APGD, FAB, NamedAttack, Square, TargetedAPGD, Threat, label
-from robustlayers.core.errors import UserError
-from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still
+from robustlayers.evaluation._still import Forward, check_classes, check_labels, check_logits, device_of, images, still
 from robustlayers.evaluation.cascade import Moment, Outcome, cascade
 
 __all__ = ["autoattack", "autoattack_label", "standard"]
@@ -60,7 +59,7 @@ def autoattack(
     ([True, True], [True, False], ('', 'apgd-ce-5'))
     """
     check_labels(x, y)
-    attacks, notes = standard(threat, _classes(forward, x), steps=steps, targets=targets, queries=queries)
+    attacks, notes = standard(threat, _classes(forward, x, y), steps=steps, targets=targets, queries=queries)
     return cascade(
         forward,
         x,
@@ -119,10 +118,9 @@ def autoattack_label(attacks: Mapping[str, NamedAttack], images: int, *, whole: 
     return f"{'+'.join(parts)}, n={images}"
 
 
-def _classes(forward: Forward, x: Tensor) -> int:
+def _classes(forward: Forward, x: Tensor, y: Tensor) -> int:
     device = device_of(forward, x)
     with still(forward, device), torch.no_grad():
-        logits = forward(images(x[:1], device))
-    if logits.ndim != 2:
-        raise UserError(f"the forward must return logits [n, classes]; it returned {list(logits.shape)} for one image")
+        logits = check_logits(forward(images(x[:1], device)), y[:1])
+    check_classes(y, logits.shape[1])
     return logits.shape[1]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from robustlayers.attacks import NamedAttack, Threat, is_correct, is_own
 from robustlayers.core.errors import UserError
 from robustlayers.core.identity import digest
 from robustlayers.core.random import stream
-from robustlayers.evaluation._meter import Meter, Moment, Outlook
+from robustlayers.core.ranks import ALONE, Ranks
+from robustlayers.evaluation._meter import Meter, Moment, Outlook, units_of
 from robustlayers.evaluation._shards import Shard, Shards
 from robustlayers.evaluation._still import Forward, check_labels, device_of, images, still
 from robustlayers.evaluation.intervals import interval
 from robustlayers.normalization.fold import crafting_forward
+from robustlayers.normalization.layers import seed_draws
 
 __all__ = ["Moment", "Outcome", "Turn", "cascade"]
 
@@ -98,11 +101,14 @@ def cascade(
     progress: Callable[[Moment], None] | None = None,
     label: str = "",
     notes: tuple[str, ...] = (),
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Run attacks in one threat in turn, each on the images that are still right, and return what they found.
 
     Arguments, directory and random draws as in `autoattack`; `attacks` by name, in their order. An image is robust that is
-    right clean and after every attack it got, by the verdict of `forward` itself.
+    right clean and after every attack it got, by the verdict of `forward` itself. `ranks`: processes with the same model,
+    arguments and directory, which take the batches of each attack in turn and all return the same; `progress` is then of this
+    process's batches.
 
     Raises `UserError` for images outside [0, 1], for attacks in several threats, for one that leaves its threat, and for a
     directory that holds another evaluation.
@@ -119,30 +125,25 @@ def cascade(
     foreign = [name for name, attack in attacks.items() if not is_own(attack)]
     if foreign:
         raise UserError(f"attacks: {foreign[0]} is not one of this package; allowed here: its own ones")
-    run = _Run(forward, x, y, device, batch_size, seed, Shards(directory), progress)
-    with still(forward, device), run.shards.opened(run.identity(attacks)):
+    run = _Run(forward, x, y, device, batch_size, seed, Shards(directory), progress, ranks)
+    held = (
+        run.shards.opened(run.identity(attacks)) if ranks.main else nullcontext()
+    )  # the main process holds it for all
+    with still(forward, device), held:
         clean = run.clean()
         robust, x_adv = clean.clone(), torch.cat([batch.cpu() for _, batch in run.batches(torch.arange(len(x)))])
         broken_by = ["" if right else "clean" for right in clean.tolist()]
-        run.outlook.start([_units(attack) for attack in attacks.values()])
+        run.outlook.start([units_of(attack) for attack in attacks.values()])
         turns = []
         for number, (name, attack) in enumerate(attacks.items()):
-            shards = list(run.attack(f"{number:02d}-{name}", name, attack, robust))
-            turn = Turn(name, attack.describe(), int(robust.sum()), 0, 0, 0, 0, 0.0)
-            for shard in shards:
-                places = shard.places[shard.broken]
-                robust[places] = False
-                x_adv[places] = shard.x_adv
-                for place in places.tolist():
-                    broken_by[place] = name
-                turn = replace(
-                    turn,
-                    broken=turn.broken + len(places),
-                    forwards=turn.forwards + shard.forwards,
-                    backwards=turn.backwards + shard.backwards,
-                    seconds=turn.seconds + shard.seconds,
-                )
-            turns.append(replace(turn, robust=int(robust.sum())))
+            attacked = int(robust.sum())
+            found = run.of_all(list(run.attack(f"{number:02d}-{name}", name, attack, robust)), x_adv)
+            robust[found.places] = False
+            x_adv[found.places] = found.x_adv
+            for place in found.places.tolist():
+                broken_by[place] = name
+            cost = found.forwards, found.backwards, found.seconds
+            turns.append(Turn(name, attack.describe(), attacked, len(found.places), int(robust.sum()), *cost))
         disagreements = run.judge_again(next(iter(threats)), x_adv, robust)
     if disagreements:
         said = f"{disagreements} of {len(x)} final images" if disagreements > 1 else f"1 of {len(x)} final images"
@@ -173,9 +174,10 @@ class _Run:
         seed: int,
         shards: Shards,
         progress: Callable[[Moment], None] | None,
+        ranks: Ranks,
     ) -> None:
         self.forward, self.x, self.y, self.device = forward, x, y, device
-        self.batch_size, self.seed, self.shards = batch_size, seed, shards
+        self.batch_size, self.seed, self.shards, self.ranks = batch_size, seed, shards, ranks
         self.crafting: Forward = forward
         if isinstance(forward, nn.Module):
             # Faster there, and slower on smaller images and elsewhere; never by a measurement, which could fall otherwise
@@ -191,9 +193,14 @@ class _Run:
 
     def batches(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield some places and their images, a batch at a time."""
-        for first in range(0, len(places), self.batch_size):
-            batch = places[first : first + self.batch_size]
-            yield batch, images(self.x[batch.to(self.x.device)], self.device)
+        for batch in self.cut(places):
+            yield batch, self.pixels(batch)
+
+    def cut(self, places: Tensor) -> list[Tensor]:
+        return [places[first : first + self.batch_size] for first in range(0, len(places), self.batch_size)]
+
+    def pixels(self, places: Tensor) -> Tensor:
+        return images(self.x[places.to(self.x.device)], self.device)
 
     def labels(self, places: Tensor) -> Tensor:
         return self.y[places.to(self.y.device)].to(self.device).long()
@@ -206,7 +213,14 @@ class _Run:
             "model": _model_digest(self.forward) if isinstance(self.forward, nn.Module) else "a function",
             "attacks": [[name, attack.identity()] for name, attack in attacks.items()],
             "seed": self.seed,
+            **({"draws": "by batch"} if self._seed_draws("") else {}),
         }
+
+    def _seed_draws(self, name: str, key: str = "") -> int:
+        """Make what random norm layers draw next a function of a batch's first image, by its key; return how many there are."""
+        return (
+            seed_draws(self.forward, self.seed, "autoattack", name, key) if isinstance(self.forward, nn.Module) else 0
+        )
 
     @torch.no_grad()
     def verdict(self, x: Tensor, places: Tensor) -> Tensor:
@@ -215,7 +229,20 @@ class _Run:
 
     def clean(self) -> Tensor:
         """Return which images are right without an attack; it costs little, and tells whether a function is the same."""
-        right = torch.cat([self.verdict(x, batch) for batch, x in self.batches(torch.arange(len(self.x)))])
+        if not self.ranks.main:
+            return self._copy(torch.zeros(len(self.x), dtype=torch.bool))
+        return self._copy(self._clean())
+
+    def _copy(self, verdict: Tensor) -> Tensor:
+        """Return the main process's verdict in all of them."""
+        return self.ranks.copy(verdict.to(torch.uint8)) > 0
+
+    def _clean(self) -> Tensor:
+        verdicts = []
+        for batch, x in self.batches(torch.arange(len(self.x))):
+            self._seed_draws("clean", self.keys[int(batch[0])])
+            verdicts.append(self.verdict(x, batch))
+        right = torch.cat(verdicts)
         kept = self.shards.clean()
         if kept is None:
             self.shards.write_clean(right)
@@ -231,19 +258,22 @@ class _Run:
         return kept
 
     def attack(self, group: str, name: str, attack: NamedAttack, robust: Tensor) -> Iterator[Shard]:
-        """Yield the shards of an attack on the images that are right: those that are kept, then new ones."""
+        """Yield this process's shards of an attack on the images that are right: those that are kept, then new ones."""
         standing = robust.clone()
-        kept, of = [], int(standing.sum())
-        for shard in self.shards.read(group):
+        kept: list[Shard] = []
+        for shard in self.shards.read(group) if self.ranks.main else ():
             if bool(standing[shard.places].all()):  # else an earlier one was damaged, and its images attacked again
                 standing[shard.places] = False
                 kept.append(shard)
-        self.outlook.begin(name, of, kept)
+        left = self.cut(self._copy(standing).nonzero().squeeze(1))[self.ranks.index :: self.ranks.count]
+        self.outlook.begin(name, sum(map(len, (*left, *(shard.places for shard in kept)))), kept)
         yield from kept
-        for batch, natural in self.batches(standing.nonzero().squeeze(1)):
+        for batch in left:
             began = time.perf_counter()
+            natural = self.pixels(batch)
             draws = [stream(self.seed, "autoattack", name, self.keys[place]) for place in batch.tolist()]
-            meter = Meter(self.crafting, self.outlook)
+            self._seed_draws(name, self.keys[int(batch[0])])
+            meter = Meter(self.crafting, self.outlook.tick)
             x_adv = attack(meter, natural, self.labels(batch), generator=draws).detach().to(natural.dtype)
             _check(name, attack.threat, x_adv, natural)
             broken = ~self.verdict(x_adv, batch)
@@ -253,14 +283,31 @@ class _Run:
             self.outlook.add(shard)
             yield shard
 
+    def of_all(self, shards: Sequence[Shard], like: Tensor) -> Shard:
+        """Return the images that all processes broke with one attack, and what it cost; `like`: tells their shape and dtype."""
+        broken = torch.zeros(len(self.x), dtype=torch.int32)
+        x_adv = torch.zeros_like(like)
+        cost = torch.zeros(3, dtype=torch.int64)
+        for shard in shards:
+            places = shard.places[shard.broken]
+            broken[places], x_adv[places] = 1, shard.x_adv
+            cost += torch.tensor([shard.forwards, shard.backwards, round(shard.seconds * 1e9)])
+        for tensor in (broken, x_adv, cost):
+            self.ranks.total(tensor)  # an image is one process's only: 0 is added to it
+        places = broken.nonzero().squeeze(1)
+        forwards, backwards, nanoseconds = cost.tolist()
+        every = torch.ones(len(places), dtype=torch.bool)
+        return Shard(places, every, x_adv[places], forwards, backwards, nanoseconds / 1e9)
+
     def judge_again(self, threat: Threat, x_adv: Tensor, robust: Tensor) -> int:
         """Check the final images against the threat and return how many the model now judges otherwise."""
         count = 0
-        for batch, natural in self.batches(torch.arange(len(self.x))):
+        for batch, natural in self.batches(torch.arange(len(self.x))) if self.ranks.main else ():
             final = x_adv[batch].to(self.device)
             _check("final images", threat, final, natural)
+            self._seed_draws("final", self.keys[int(batch[0])])
             count += int((self.verdict(final, batch) != robust[batch]).sum())
-        return count
+        return int(self.ranks.tell(count))
 
 
 def _check(name: str, threat: Threat, x_adv: Tensor, natural: Tensor) -> None:
@@ -268,10 +315,6 @@ def _check(name: str, threat: Threat, x_adv: Tensor, natural: Tensor) -> None:
         threat.check(x_adv, natural)
     except UserError as error:
         raise UserError([fault.at(path=name) for fault in error.faults]) from None
-
-
-def _units(attack: NamedAttack) -> int:
-    return max(1, attack.forward_passes + 2 * attack.backward_passes)
 
 
 def _model_digest(model: nn.Module) -> str:

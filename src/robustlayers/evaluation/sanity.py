@@ -176,24 +176,12 @@ def sanity(
     seed_draws(model, seed, "sanity")
     found = flags(model, x[:batch_size], y[:batch_size], threat)
     square, skipped = _square(threat, queries, x)
-    cost = [(_FLAG_FORWARDS, _FLAG_BACKWARDS)]
-
-    def run(attacks: Mapping[str, NamedAttack]) -> dict[str, Tensor]:
-        cost.append((1, 0))  # clean
-        cost.extend((attack.forward_passes + 1, attack.backward_passes) for attack in attacks.values())
-        device = device_of(model, x)
-        with still(model, device):
-            # As a function: the flags are about the gradient of the model itself, not of a folded equivalent.
-            return worst_case(
-                lambda z: model(z.to(device)), x.to(device), y, attacks, batch_size, seed=seed, progress=progress
-            )
-
+    run = _Runs(model, x, y, batch_size, seed, progress)
     if any(text.startswith("no gradient") for text in found):
         verdicts = run(square)
         found += black_box({"clean": verdicts["clean"]}, {name: verdicts[name] for name in square})
-        counts = _counts(verdicts, ["clean", *square])
         skipped += ("gradient attacks: the model has no gradient",)
-        return _report(threat, x, found, counts, None, None, skipped, cost)
+        return _report(threat, x, found, _counts(verdicts, ["clean", *square]), None, None, skipped, run.cost)
 
     white: dict[str, NamedAttack] = {
         "fgsm": FGSM(threat),
@@ -201,45 +189,70 @@ def sanity(
         f"pgd-margin-{steps}": PGD(threat, steps=steps, loss="margin"),
     }
     grid = _grid(threat, x[0].numel())
-    at = {f"pgd-{steps} at {pixels_text(eps)}": PGD(Threat(threat.norm, eps), steps=steps) for eps in grid[:-1]}
-    at[f"pgd-{2 * steps} at {pixels_text(grid[-1])}"] = PGD(Threat(threat.norm, grid[-1]), steps=2 * steps)
-    names = dict(zip(grid, at, strict=True))
-    others = {name: attack for name, attack in at.items() if name != names[threat.eps] or threat.eps == grid[-1]}
-    verdicts = run({**white, **others, **square})
-    if threat.eps != grid[-1]:
-        names[threat.eps] = f"pgd-{steps}"
+    at = _at_each(grid, threat, steps)
+    verdicts = run({**white, **dict(at.values()), **square})
     counts = _counts(verdicts, ["clean", *white, *square])
-    right = counts["clean"]
-    falls = [int(verdicts[names[eps]].sum()) for eps in grid]
-    by_eps = Curve(
-        "eps",
-        (0.0, *grid),
-        (right, *falls),
-        len(x),
-        f"pgd-{steps}, {threat.norm}, best iterate, {2 * steps} steps at the last",
-    )
-
+    right, falls = counts["clean"], [int(verdicts[name].sum()) for name, _ in at.values()]
+    text = f"pgd-{steps}, {threat.norm}, best iterate, {2 * steps} steps at the last"
+    by_eps = Curve("eps", (0.0, *grid), (right, *falls), len(x), text)
     inside = [(eps, fall) for eps, fall in zip(grid, falls, strict=True) if eps >= threat.eps]
     chosen = next((eps for eps, fall in inside if fall <= 0.9 * right), inside[-1][0])
-    ball = Threat(threat.norm, chosen)
-    tried = {f"pgd-{n}, step eps/4": PGD(ball, steps=n, step_size=chosen / 4, keep="last") for n in _STEPS}
-    verdicts_by_steps = run(tried)
-    by_steps = Curve(
-        "steps",
-        tuple(map(float, _STEPS)),
-        tuple(int(verdicts_by_steps[name].sum()) for name in tried),
-        len(x),
-        f"pgd, {ball}, step {pixels_text(chosen / 4)}, last iterate",
-    )
-    gradient = {name: verdicts[name] for name in white}
+    by_steps = _by_steps(run, Threat(threat.norm, chosen))
+
     luck = {"tolerance": 0.1} if any(text.startswith("random output") for text in found) else {}
-    found += black_box(gradient, {name: verdicts[name] for name in square}, **luck)
+    found += black_box({name: verdicts[name] for name in white}, {name: verdicts[name] for name in square}, **luck)
     found += more_steps(_STEPS, by_steps.counts, len(x), **luck)
     found += larger_eps(by_eps.values, by_eps.counts, len(x), **luck)
     found += huge_eps(grid[-1], falls[-1], len(x))
     if not any(text.startswith("single step") for text in found):  # which the first batch may have shown
         found += single_step(right, counts["fgsm"], counts[f"pgd-{steps}"], len(x))
-    return _report(threat, x, found, counts, by_eps, by_steps, skipped, cost)
+    return _report(threat, x, found, counts, by_eps, by_steps, skipped, run.cost)
+
+
+class _Runs:
+    """Attacks on the images that are right clean, and what they cost an image at most, with that of the flags."""
+
+    def __init__(
+        self, model: Forward, x: Tensor, y: Tensor, batch_size: int, seed: int, progress: Progress | None
+    ) -> None:
+        self.model, self.y, self.batch_size, self.seed, self.progress = model, y, batch_size, seed, progress
+        self.device = device_of(model, x)
+        self.x = x.to(self.device)
+        self.cost = [(_FLAG_FORWARDS, _FLAG_BACKWARDS)]
+
+    def __call__(self, attacks: Mapping[str, NamedAttack]) -> dict[str, Tensor]:
+        self.cost.append((1, 0))  # clean
+        self.cost.extend((attack.forward_passes + 1, attack.backward_passes) for attack in attacks.values())
+        with still(self.model, self.device):
+            return worst_case(
+                # As a function: the flags are about the gradient of the model itself, not of a folded equivalent.
+                lambda z: self.model(z.to(self.device)),
+                self.x,
+                self.y,
+                attacks,
+                self.batch_size,
+                seed=self.seed,
+                progress=self.progress,
+            )
+
+
+def _at_each(grid: list[float], threat: Threat, steps: int) -> dict[float, tuple[str, NamedAttack]]:
+    """Return PGD at each eps, with its name: of twice the steps at the last, the attack on the threat at its own eps."""
+    found: dict[float, tuple[str, NamedAttack]] = {}
+    for eps in grid:
+        n = 2 * steps if eps == grid[-1] else steps
+        name = f"pgd-{n}" if eps == threat.eps and n == steps else f"pgd-{n} at {pixels_text(eps)}"
+        found[eps] = name, PGD(Threat(threat.norm, eps), steps=n)
+    return found
+
+
+def _by_steps(run: _Runs, ball: Threat) -> Curve:
+    length = ball.eps / 4
+    tried = {f"pgd-{n}, step eps/4": PGD(ball, steps=n, step_size=length, keep="last") for n in _STEPS}
+    verdicts = run(tried)
+    text = f"pgd, {ball}, step {pixels_text(length)}, last iterate"
+    counts = tuple(_counts(verdicts, list(tried)).values())
+    return Curve("steps", tuple(map(float, _STEPS)), counts, len(run.x), text)
 
 
 def _square(threat: Threat, queries: int, x: Tensor) -> tuple[dict[str, NamedAttack], tuple[str, ...]]:

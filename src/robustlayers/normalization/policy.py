@@ -175,6 +175,12 @@ class NormPolicy:
         """Passes that only move statistics."""
         return tuple(name for name in EXTRA if name in self.switches)
 
+    @property
+    def freezes(self) -> bool:
+        """Whether some layer normalizes by the frozen statistics in some pass."""
+        switches = [*self.switches.values(), *(switch for own in self.layers.values() for switch in own.values())]
+        return any(switch.by == "frozen" for switch in switches)
+
     def changed(self, **switches: Any) -> NormPolicy:
         """Return the policy with some fields replaced; it is no longer the habit of its name."""
         return replace(self, **{"name": "", **switches})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -14,13 +14,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from robustlayers.analysis._axes import round_ticks
 from robustlayers.report import style
 from robustlayers.report.figures import Drawing
+from robustlayers.report.loupe import groups
+from robustlayers.report.svg import to_svg
 
-__all__ = ["NAME", "WIDTH", "Panel", "empty", "head", "legend", "line", "slim"]
+__all__ = ["NAME", "WIDTH", "Panel", "empty", "head", "legend", "line", "name_layers", "panel", "slim"]
 
 WIDTH = 352.0
 _TAG = re.compile(r"<[^>]*>")
 _DECIMALS = re.compile(r"(?<![\w#+/.-])-?\d+\.\d{3,}(?![\w.+/=])")  # no part of a picture in base64
 
+_NAMED = 16  # more layers than that cannot be named one by one
 NAME = 20
 """Letters of an arm's name on an axis."""
 
@@ -43,6 +46,15 @@ def empty(height: float, title: str) -> Figure:
             style.plain(title, 44), x=0.0, ha="left", fontweight="bold", fontsize=style.FONT_SIZE + 1, parse_math=False
         )
     return figure
+
+
+def panel(
+    title: str, caption: str, name: str, label: str, data: Sequence[Mapping[str, object]], draw: Callable[[], Figure]
+) -> Panel:
+    """Return a panel of one figure of all arms, drawn with the settings of the report; `label` is read aloud."""
+    with style.drawing():
+        text = slim(to_svg(draw()))
+    return Panel(title, caption, [Drawing(name, label, "", data, text)])
 
 
 def slim(svg: str) -> str:
@@ -83,6 +95,28 @@ def head(axes: Axes, title: str, metric: str) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         axes.set_ylim(0, max(5.0, 1.1 * max(values, default=0.0)))
+
+
+def name_layers(grid: Iterable[Axes], layers: Sequence[str]) -> None:
+    """Name layers at 0, 1, ... below the last of some axes: a few one by one, many by the part that they belong to.
+
+    Of many layers without parts every few have their number.
+    """
+    parts = groups(layers)
+    for axes in grid:
+        if len(layers) <= _NAMED:
+            places, names = list(range(len(layers))), list(layers)
+        elif 1 < len(parts) <= _NAMED // 2:
+            axes.grid(axis="x", visible=False)
+            for first, _ in parts[1:]:
+                axes.axvline(first - 0.5, color=style.RULE, linewidth=0.8, zorder=0)
+            ends = [first for first, _ in parts[1:]] + [len(layers)]
+            places = [(first + end - 1) / 2 for (first, _), end in zip(parts, ends, strict=True)]
+            names = [name for _, name in parts]
+        else:
+            places = list(range(0, len(layers), -(-len(layers) // _NAMED)))
+            names = [str(place + 1) for place in places]
+        axes.set_xticks(places, [style.plain(name, 26) for name in names], rotation=90, parse_math=False)
 
 
 def legend(figure: Figure, axes: Axes, arms: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from robustlayers.analysis._axes import round_ticks
 from robustlayers.report import style
-from robustlayers.report._analysis_axes import empty, head, legend, line
+from robustlayers.report._analysis_axes import empty, head, legend, line, name_layers
 from robustlayers.study.summary import Summary
 
 __all__ = ["drift", "rates", "rates_of"]
@@ -49,7 +49,7 @@ def drift(
                 if value is not None and moment in at:
                     points.append((at[moment], max(value, low)))
             line(axes, arm, place[arm], points)
-        head(axes, "Since the moment before, all layers" if step else "Since the untrained net, all layers", "kl_mean")
+        head(axes, "Since the moment before, nats" if step else "Since the untrained net, nats", "kl_mean")
         axes.set_xlim(-0.3, len(names) - 0.7)
         axes.set_xticks(
             range(len(names)), [style.plain(n, 18) for n in names] if step else [""] * len(names), parse_math=False
@@ -60,11 +60,8 @@ def drift(
         own = moments[arm]
         values = [(x, found.get((arm, layer, own[-1], own[0]))) for x, layer in enumerate(layers)]
         line(grid[2], arm, place[arm], [(x, max(value, low)) for x, value in values if value is not None])
-    head(grid[2], "From the untrained net to now, layer by layer", "kl_mean")
-    step = -(-len(layers) // 16)
-    shown = layers if len(layers) <= 16 else [str(number + 1) for number in range(len(layers))]
-    marks = range(0, len(layers), step)
-    grid[2].set_xticks(list(marks), [style.plain(shown[x], 26) for x in marks], rotation=90, parse_math=False)
+    head(grid[2], "From the untrained net to now, by layer, nats", "kl_mean")
+    name_layers(grid[2:], layers)
     legend(figure, grid[0], arms)
     return figure
 

@@ -60,7 +60,7 @@ SIGNAL_KINDS: dict[str, tuple[str, str]] = {
 def heat_height(key: str, moments: int = 0) -> float:
     """Return the height of a figure of CKA."""
     if key.startswith("course"):
-        return 150.0 + 15.0 * min(moments, 20)
+        return max(200.0, 150.0 + 15.0 * min(moments, 20))
     return {"clean": 300.0, "same layer": 270.0, "by images": 290.0, "crossing": 210.0}.get(key, 312.0)
 
 
@@ -69,8 +69,6 @@ def settle(key: str, axes: Axes, result: Analyzed) -> None:
     axes.grid(visible=False)
     for bar in (one for one in axes.figure.axes if one is not axes):
         bar.yaxis.label.set_fontsize(style.FONT_SIZE - 1)
-        if key in ("clean", "attacked", "between"):
-            bar.set_ylabel("CKA, 1: same representation", fontsize=style.FONT_SIZE - 1)
     if key in ("same layer", "by images"):
         axes.grid(visible=True, axis="y")
         axes.set_ylabel("CKA of the same layer")

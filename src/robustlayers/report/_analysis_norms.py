@@ -10,17 +10,15 @@ from matplotlib.figure import Figure
 
 from robustlayers.report import _analysis_changes as changes
 from robustlayers.report import loupe, style
-from robustlayers.report._analysis_axes import NAME, WIDTH, Panel, empty, head, legend, line, slim
-from robustlayers.report.figures import Drawing
-from robustlayers.report.svg import to_svg
+from robustlayers.report._analysis_axes import Panel, empty, head, legend, line, name_layers, panel
 from robustlayers.study.summary import Analyzed, Summary
 
-__all__ = ["NAME", "WIDTH", "Panel", "draw", "empty", "slim"]
+__all__ = ["draw"]
 
 _NORM_PANELS = (
     ("", "dead_share", "Dead channels, %", 100.0),
-    ("clean", "kl_mean", "Distance, clean images", 1.0),
-    ("adversarial", "kl_mean", "Distance, attacked images", 1.0),
+    ("clean", "kl_mean", "Distance, clean images, nats", 1.0),
+    ("adversarial", "kl_mean", "Distance, attacked images, nats", 1.0),
     ("", "lipschitz_median", "Stretch |γ| / σ, median", 1.0),
     ("adversarial", "scale_rate", "Gradient by weight ‖g‖ / ‖γ‖, attacked images", 1.0),
 )
@@ -52,45 +50,48 @@ def draw(summary: Summary, shown: Sequence[Analyzed], suffix: str) -> list[Panel
     layers = list(dict.fromkeys(str(row["layer"]) for row in rows if row["layer"] != "all"))
     arms = [result.arm for result in shown]
     now = {arm: loupe.means([row for row in rows if row["arm"] == arm and row["moment"] == "now"]) for arm in arms}
-    with style.drawing():
-        text = slim(to_svg(_across(arms, place, layers, now)))
     panels = [
-        Panel(
+        panel(
             "Layer by layer",
             _NORM_CAPTION,
-            [Drawing(f"inside-norms-layers{suffix}", "All arms", "", [r for r in rows if r["moment"] == "now"], text)],
+            f"inside-norms-layers{suffix}",
+            "All arms",
+            [row for row in rows if row["moment"] == "now"],
+            lambda: _across(arms, place, layers, now),
         )
     ]
     moments = {arm: list(dict.fromkeys(str(row["moment"]) for row in rows if row["arm"] == arm)) for arm in arms}
     if all(len(names) > 1 for names in moments.values()):
         whole = _whole(rows)
-        with style.drawing():
-            text = slim(to_svg(_over_time(arms, place, moments, whole)))
         keys = ("arm", "moment", "pass", "metric")
         data = [{**dict(zip(keys, key, strict=True)), "value": value} for key, value in whole.items()]
+        name = f"inside-norms-time{suffix}"
         panels.append(
-            Panel("Over time", _TIME_CAPTION, [Drawing(f"inside-norms-time{suffix}", "Over time", "", data, text)])
+            panel("Over time", _TIME_CAPTION, name, "All arms", data, lambda: _over_time(arms, place, moments, whole))
         )
     drift = [row for row in every if row["part"] == "drift"]
     if any(row["metric"] == "kl_mean" for row in drift):
-        with style.drawing():
-            text = slim(to_svg(changes.drift(arms, place, moments, layers, drift)))
         panels.append(
-            Panel(
+            panel(
                 "Drift of the statistics",
                 _DRIFT_CAPTION,
-                [Drawing(f"inside-norms-drift{suffix}", "Drift", "", drift, text)],
+                f"inside-norms-drift{suffix}",
+                "All arms",
+                drift,
+                lambda: changes.drift(arms, place, moments, layers, drift),
             )
         )
     rates = changes.rates_of(summary, arms)
     if rates:
-        with style.drawing():
-            text = slim(to_svg(changes.rates(arms, place, rates)))
+        name = f"inside-norms-rates{suffix}"
         panels.append(
-            Panel(
+            panel(
                 "Effective learning rate",
                 _RATE_CAPTION,
-                [Drawing(f"inside-norms-rates{suffix}", "Rates", "", rates, text)],
+                name,
+                "All arms",
+                rates,
+                lambda: changes.rates(arms, place, rates),
             )
         )
     return panels
@@ -107,10 +108,7 @@ def _across(
             found = [(x, now[arm].get((layer, shown, metric))) for x, layer in enumerate(layers)]
             line(axes, arm, place[arm], [(x, scale * value) for x, value in found if value is not None])
         head(axes, title, metric)
-    names = layers if len(layers) <= 16 else [str(number + 1) for number in range(len(layers))]
-    step = -(-len(layers) // 16)
-    marks = range(0, len(layers), step)
-    grid[-1].set_xticks(list(marks), [style.plain(names[x], 26) for x in marks], rotation=90, parse_math=False)
+    name_layers(grid, layers)
     legend(figure, grid[0], arms)
     return figure
 

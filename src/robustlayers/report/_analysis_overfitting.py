@@ -11,9 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from robustlayers.report import style
-from robustlayers.report._analysis_axes import NAME, Panel, empty, legend, slim
-from robustlayers.report.figures import Drawing
-from robustlayers.report.svg import to_svg
+from robustlayers.report._analysis_axes import NAME, Panel, empty, legend, panel
 from robustlayers.study.summary import Analyzed, Summary
 
 __all__ = ["draw"]
@@ -37,19 +35,16 @@ _ENDS = (
 def draw(summary: Summary, shown: Sequence[Analyzed], suffix: str) -> list[Panel]:
     """Return the figures of all arms together: the gaps by epoch, and the best epoch against the last."""
     place = {arm.name: index for index, arm in enumerate(summary.arms)}
-    with style.drawing():
-        gaps, ends = slim(to_svg(_gaps(shown, place))), slim(to_svg(_ends(shown, place)))
     rows = [{"arm": result.arm, **row} for result in shown for row in result.rows]
     numbers = [
         {"arm": result.arm, "number": one["label"], "value": one["value"], "note": one["note"]}
         for result in shown
         for one in result.numbers
     ]
+    name = "inside-overfitting-{}" + suffix
     return [
-        Panel(
-            "Train minus validation", _CAPTION, [Drawing(f"inside-overfitting-gaps{suffix}", "Gaps", "", rows, gaps)]
-        ),
-        Panel("Best against last", _ENDS, [Drawing(f"inside-overfitting-ends{suffix}", "Ends", "", numbers, ends)]),
+        panel("Train minus validation", _CAPTION, name.format("gaps"), "All arms", rows, lambda: _gaps(shown, place)),
+        panel("Best against last", _ENDS, name.format("ends"), "All arms", numbers, lambda: _ends(shown, place)),
     ]
 
 

@@ -29,8 +29,7 @@ _Line = tuple[str, Sequence[np.ndarray], Sequence[str]]
 _Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 """Arm -> rows"""
 
-_GAP, _HEAD = 5.0, 20.0
-_LIGHT, _DARK = "#fefefe", "#010101"  # on shades that do not change with the reader's scheme
+_GAP, _HEAD = 5.0, 25.0
 
 _FILTERS = (
     "How to read it: each square is a filter of the first convolution; mid-gray is weight zero, {}, and full color is the "
@@ -148,12 +147,14 @@ def _sheet(
 
 def _stamp(axes: Axes, x: float, y: float, mark: str) -> None:
     """Put a tick or a cross into the corner of a picture, on a ground of its own."""
-    axes.plot(x, y, "D" if mark == "✗ before" else "s", markersize=12, color=_DARK, markeredgewidth=0, zorder=3)
+    axes.plot(
+        x, y, "D" if mark == "✗ before" else "s", markersize=12, color=style.ON_LIGHT, markeredgewidth=0, zorder=3
+    )
     if mark == "✓":
-        axes.plot([x - 3.5, x - 1, x + 3.5], [y, y + 3, y - 3.5], color=_LIGHT, linewidth=1.5, zorder=4)
+        axes.plot([x - 3.5, x - 1, x + 3.5], [y, y + 3, y - 3.5], color=style.ON_DARK, linewidth=1.5, zorder=4)
         return
     for sign in (-1, 1):
-        axes.plot([x - 3, x + 3], [y - 3 * sign, y + 3 * sign], color=_LIGHT, linewidth=1.5, zorder=4)
+        axes.plot([x - 3, x + 3], [y - 3 * sign, y + 3 * sign], color=style.ON_DARK, linewidth=1.5, zorder=4)
 
 
 def _surfaces(
@@ -187,7 +188,7 @@ def _shades(axes: Axes) -> None:
     axes.grid(visible=False)
     for line in axes.lines:
         if to_hex(line.get_color()) == "#ffffff":
-            line.set_color(_LIGHT)
-        line.set_markeredgecolor(_DARK)
-    for lines, paint in zip(axes.collections, (_LIGHT, _DARK), strict=False):  # below and above
+            line.set_color(style.ON_DARK)
+        line.set_markeredgecolor(style.ON_LIGHT)
+    for lines, paint in zip(axes.collections, (style.ON_DARK, style.ON_LIGHT), strict=False):  # below and above
         lines.set_edgecolor(paint)

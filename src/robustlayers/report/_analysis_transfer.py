@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from robustlayers.analysis._axes import ink_on
 from robustlayers.evaluation import CrossTable
 from robustlayers.report import style
 from robustlayers.report._analysis_axes import NAME, Panel, empty, slim
@@ -24,7 +25,6 @@ _READ = (
     "its diagonal is a sign of masked gradients; rows that darken all columns are arms whose images transfer."
 )
 _DECIMALS, _NUMBERS = 6, 12  # most arms for numbers with a decimal, and for numbers at all
-_LIGHT, _DARK = "#fefefe", "#010101"
 
 
 def draw(results: Sequence[Analyzed], suffix: str) -> list[Panel]:
@@ -82,7 +82,8 @@ def _settle(axes: Axes, table: CrossTable, count: int) -> None:
     axes.set_xticks(range(count), names, rotation=90, parse_math=False, fontsize=style.FONT_SIZE - 1)
     axes.set_yticks(range(count + 1), ["no attack", *names], parse_math=False, fontsize=style.FONT_SIZE - 1)
     for text in axes.texts:
-        text.set_color(_LIGHT if text.get_color() == "#ffffff" else _DARK)
+        shade = float(text.get_text()) / 100
+        text.set_color(style.ON_DARK if ink_on(shade) == "white" else style.ON_LIGHT)
         text.set_fontsize(style.FONT_SIZE - 1)
         if count > _DECIMALS:
             text.set_text(f"{float(text.get_text()):.0f}" if count <= _NUMBERS else "")
@@ -92,5 +93,9 @@ def _settle(axes: Axes, table: CrossTable, count: int) -> None:
         bar.set_label("accuracy, %", fontsize=style.FONT_SIZE - 1)
     axes.axhline(0.5, color=style.PAPER, linewidth=4)  # what is not under attack stands apart
     for place in range(count):
-        axes.add_patch(Rectangle((place - 0.47, place + 0.53), 0.94, 0.94, fill=False, edgecolor=_LIGHT, linewidth=2.4))
-        axes.add_patch(Rectangle((place - 0.47, place + 0.53), 0.94, 0.94, fill=False, edgecolor=_DARK, linewidth=1.0))
+        axes.add_patch(
+            Rectangle((place - 0.47, place + 0.53), 0.94, 0.94, fill=False, edgecolor=style.ON_DARK, linewidth=2.4)
+        )
+        axes.add_patch(
+            Rectangle((place - 0.47, place + 0.53), 0.94, 0.94, fill=False, edgecolor=style.ON_LIGHT, linewidth=1.0)
+        )

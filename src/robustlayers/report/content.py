@@ -163,11 +163,16 @@ def _arms(summary: Summary, said: Answer) -> list[ArmContent]:
     return found
 
 
+def _of(seeds: Sequence[int]) -> str:
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {listing(seeds)}"
+
+
 def _phase(phase: PhaseLine) -> PhaseContent:
     shared = phase.shared_with
     terms = [
         ("Epochs", str(phase.epochs) + (f", result shared by {plural(shared, 'arm')}" if shared > 1 else "")),
         ("Attack", phase.attack or "none needed"),
+        ("Crafting, auto", "; ".join(f"{made} ({_of(seeds)})" for made, seeds in phase.crafted_in.items())),
         ("Optimizer", phase.optimizer),
         ("Norm policy", phase.normalization),
         ("Besides", "; ".join(phase.extras)),

@@ -119,7 +119,8 @@ def _inside(content: Content) -> list[str]:
     for part in content.inside:
         parts += [f"### {inline(part.title)}", inline(part.text), inline(part.setting), *map(table, part.tables)]
         for panel in part.panels:
-            parts += [f"#### {inline(panel.title)}", inline(panel.caption), *map(_image, panel.drawings)]
+            parts += [f"#### {inline(panel.title)}", inline(panel.caption)]
+            parts += [text for one in panel.drawings for text in (_image(one), inline(one.caption))]
     return parts
 
 

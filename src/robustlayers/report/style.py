@@ -23,6 +23,8 @@ __all__ = [
     "FONT_SIZE",
     "INK",
     "MUTED",
+    "ON_DARK",
+    "ON_LIGHT",
     "PAPER",
     "RULE",
     "SERIES",
@@ -41,10 +43,14 @@ MUTED = "#5d6772"
 RULE = "#d8dde3"
 PAPER = "#ffffff"
 CLEAN = "#66707b"  # lines of clean accuracy, whatever the arm
+ON_DARK, ON_LIGHT = (
+    "#fefefe",
+    "#010101",
+)  # ink on shades, which stay as they are in every scheme, as pure white would not
 
-# Okabe and Ito's palette, told apart under every common color blindness; its black is our ink, and its yellow, which
-# disappears on white paper, stands last and darkened.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1c2127", "#b3a600")
+# Each has a contrast of 3 with its paper, and any two are told apart under every common color blindness, which the tests
+# compute. The first four are Okabe and Ito's; their orange, sky blue and yellow disappear on white paper.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#703000", "#4f1d8c", "#1c2127", "#346749")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h", ">", "p", "<")  # prime to the colors: pairs repeat after 88 arms
 
 # color in the figure -> (CSS variable, light, dark)
@@ -54,14 +60,14 @@ VARIABLES: dict[str, tuple[str, str, str]] = {
     RULE: ("--rule", "#d8dde3", "#333a42"),
     PAPER: ("--paper", "#ffffff", "#14181c"),
     CLEAN: ("--clean", "#66707b", "#aab3bc"),
-    SERIES[0]: ("--series-1", "#0072b2", "#3f9fdc"),
-    SERIES[1]: ("--series-2", "#d55e00", "#ee7f2c"),
-    SERIES[2]: ("--series-3", "#009e73", "#1fb78d"),
-    SERIES[3]: ("--series-4", "#cc79a7", "#d78fb8"),
-    SERIES[4]: ("--series-5", "#e69f00", "#f0b02a"),
-    SERIES[5]: ("--series-6", "#56b4e9", "#7cc6f0"),
+    SERIES[0]: ("--series-1", "#0072b2", "#60a9f6"),
+    SERIES[1]: ("--series-2", "#d55e00", "#c54a10"),
+    SERIES[2]: ("--series-3", "#009e73", "#14e29e"),
+    SERIES[3]: ("--series-4", "#cc79a7", "#c16693"),
+    SERIES[4]: ("--series-5", "#703000", "#e7c02d"),
+    SERIES[5]: ("--series-6", "#4f1d8c", "#7858d1"),
     SERIES[6]: ("--series-7", "#1c2127", "#f4f6f8"),
-    SERIES[7]: ("--series-8", "#b3a600", "#f0e442"),
+    SERIES[7]: ("--series-8", "#346749", "#488166"),
 }
 
 FONT_SIZE = 12.0  # one unit of a figure is one CSS pixel at its natural width

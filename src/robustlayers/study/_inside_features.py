@@ -69,9 +69,11 @@ def signal(look: Look) -> Found:
             for layer, value in zip(found.layers, values, strict=True)
         ],
     )
-    payload: dict[str, Any] = {"layers": layers_of_rows(found.layers), "excess": list(excess)}
+    widths = [len(ratios) for ratios in found.by_channel().values["adversarial"]]
+    payload: dict[str, Any] = {"layers": layers_of_rows(found.layers), "excess": list(excess), "widths": widths}
     arrays = {name: torch.from_numpy(found.ratios(name)).float() for name in perturbed}
-    arrays |= {f"channels {name}": torch.from_numpy(found.spread(name)).float() for name in perturbed}
+    by_channel = found.by_channel().values
+    arrays |= {f"channels {name}": torch.from_numpy(np.concatenate(by_channel[name])).float() for name in perturbed}
     arrays["excess"] = torch.from_numpy(np.stack(list(excess.values()))).float()
     last = {name: float(found.quantiles(name)[-1, 2]) for name in perturbed}
     over = last["adversarial"] / last["gaussian"] if last["gaussian"] else float("nan")
@@ -95,13 +97,15 @@ def signal_load(payload: Payload, arrays: Arrays) -> Mapping[str, Any]:
     names = [name for name in ("adversarial", "gaussian", "uniform") if name in arrays]
     layers = layers_from(payload["layers"])
     samples = {name: arrays[name].astype(float)[None] for name in names}
-    spread = {name: arrays[f"channels {name}"].astype(float) for name in names}
     excess = dict(zip(payload["excess"], arrays["excess"].astype(float), strict=True))
     found: dict[str, Any] = {
         "ratio": analysis.SignalRatio(layers, samples, {}, norms=("l2",)),
         "excess": analysis.SignalExcess(layers, excess),
-        "channels": analysis.ChannelSpread(layers, spread),
     }
+    if "widths" in payload:  # results of earlier versions have five quantiles of each layer only
+        ends = np.cumsum(payload["widths"])[:-1]
+        spread = {name: tuple(np.split(arrays[f"channels {name}"].astype(float), ends)) for name in names}
+        found["channels"] = analysis.ChannelSpread(layers, spread)
     if "norms" in payload:
         layers, left_out = payload["norms"]
         values = tuple(arrays[f"norm {k}"].astype(float) for k in range(len(layers)))

@@ -40,6 +40,7 @@ EPOCHS = 10
 _BATCH = 128
 _ALPHAS = tuple(place / 10 for place in range(11))
 _MODULES, _GROUPS = "modules", "groups"
+_TUNED = "tuned"
 
 
 def _halves(look: Look) -> tuple[Images, Images]:
@@ -131,8 +132,9 @@ def rift(look: Look) -> Found:
         "points": encoded([asdict(point) for point in found.points]),
         "measured": encoded([asdict(point) for point in found.measured]),
         "images": [len(y), len(apart)],
+        "weights": f"{_TUNED}.safetensors",
     }
-    return Found(table, numbers, payload, scores=_scores(look, ranked))
+    return Found(table, numbers, payload, scores=_scores(look, ranked), weights={_TUNED: found.state})
 
 
 def rift_load(payload: Payload, arrays: Arrays) -> Mapping[str, Any]:

@@ -108,7 +108,8 @@ class Found:
     """What an analysis found.
 
     `rows` are tidy, `part` saying which of its measurements a row is of; `payload` and `arrays` are what its figures are
-    drawn from; `scores` are files of `name,score` for the selectors `top` and `bottom`.
+    drawn from; `scores` are files of `name,score` for the selectors `top` and `bottom`, `weights` nets that it made, each by
+    the name of its file.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -116,6 +117,7 @@ class Found:
     payload: Mapping[str, Any]
     arrays: Mapping[str, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Sequence[tuple[str, tuple[str, ...], float]]] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 def number(label: str, value: float | None, unit: str = "", note: str = "") -> Number:

@@ -32,7 +32,8 @@ class Analysis:
     have the same tensors for it; `together`: of all arms that are looked at, once. `trains`: makes nets of its own, so
     that it is done only where it is named. `uses` says what decides its result beside the nets: `images`, `attack`, `select`,
     and `sources`, the earlier states of the same run. `cost` is empty where a net has nothing to look at, as `lacks` says,
-    and raises `UserError` for a selector that is wrong. `version` is raised when the same look would give other numbers.
+    and raises `UserError` for a selector that is wrong. `version` is raised when the same look would give other numbers
+    or files; reports and rows then leave out what an earlier version has found of the same look.
     """
 
     name: str
@@ -85,7 +86,7 @@ ANALYSES: dict[str, Analysis] = {
             features.signal_cost,
             features.signal,
             features.signal_load,
-            version=2,
+            version=3,
         ),
         Analysis(
             "criticality",
@@ -191,11 +192,12 @@ ANALYSES: dict[str, Analysis] = {
             "What does the least critical group gain from clean images? One half of the images chooses, the other measures.",
             True,
             False,
-            "worst-case criticality of modules and parts, accuracy on the line from the net to the fine-tuned one",
+            "worst-case criticality of modules and parts, accuracy on the line from the net to the fine-tuned one, its weights",
             rift.rift_cost,
             rift.rift,
             rift.rift_load,
             lacks="no weights to fine-tune",
+            version=2,
             trains=True,
         ),
     )

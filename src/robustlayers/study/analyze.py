@@ -1,6 +1,7 @@
 """Looking inside the runs of a study: which analyses of which arms are asked for, and which of them are still to be done.
 
-FOLDER/analyses/<analysis>/<identity>/     result.json  rows.csv  arrays.safetensors  scores-*.csv  time.json  manifest.json
+FOLDER/analyses/<analysis>/<identity>/     result.json  rows.csv  arrays.safetensors  scores-*.csv  tuned.safetensors
+                                           time.json  manifest.json
 
 An identity is the hash of all that decides a result: the bytes of the checkpoints, the images, the attack, the selector.
 """
@@ -21,7 +22,7 @@ from robustlayers.analysis import fresh_state, write_scores
 from robustlayers.attacks import Gaussian
 from robustlayers.core.device import machine, pick_device, versions
 from robustlayers.core.errors import Fault, UserError, one_of
-from robustlayers.core.files import read_json, read_tensors, write_json, write_tensors, write_text
+from robustlayers.core.files import file_digest, read_json, read_tensors, write_json, write_tensors, write_text
 from robustlayers.core.identity import digest
 from robustlayers.core.random import stream_seed
 from robustlayers.data import Augment, Images
@@ -245,7 +246,19 @@ def _keep(store: Store, job: Job, found: Found, seconds: float, device: torch.de
     }
     rows = [dict(row) for row in found.rows]
     about = {"arms": [net.arm for net in job.nets], "nodes": [net.node for net in job.nets]}
-    record = {**facts, **about, "numbers": list(found.numbers), "payload": found.payload, "rows": rows}
+    nets = {
+        f"{name}.safetensors": write_tensors(job.folder / f"{name}.safetensors", state)
+        for name, state in found.weights.items()
+    }
+    record = {
+        **facts,
+        **about,
+        "version": job.analysis.version,
+        "weights": {name: file_digest(path) for name, path in nets.items()},
+        "numbers": list(found.numbers),
+        "payload": found.payload,
+        "rows": rows,
+    }
     write_json(job.folder / "result.json", record)
     write_text(job.folder / "rows.csv", csv_of([facts | {"rows": rows}]))
     if found.arrays:

@@ -38,7 +38,8 @@ def analyses_folder(store: Store) -> Path:
 def kept_analyses(store: Store, plan: Mapping[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
     """Return folder and record of every whole result that is about the nets of this plan, in the order of arms and seeds.
 
-    Those of nets that the plan no longer has are left out: the study was changed since.
+    Those of nets that the plan no longer has are left out: the study was changed since. So are those that a later version
+    of the analysis has found anew.
     """
     arms = {arm["name"]: arm for arm in plan["arms"]}
     found = []
@@ -50,6 +51,10 @@ def kept_analyses(store: Store, plan: Mapping[str, Any]) -> list[tuple[Path, dic
         names = _arms(record)
         if [arms[name]["nodes"][-1] if name in arms else "" for name in names] == record["nodes"]:
             found.append((folder, record))
+    newest: dict[tuple[Any, ...], int] = {}
+    for _, record in found:
+        newest[_look_of(record)] = max(newest.get(_look_of(record), 0), record.get("version", 0))
+    found = [(folder, record) for folder, record in found if record.get("version", 0) == newest[_look_of(record)]]
     place = list(arms)
 
     def order(pair: tuple[Path, dict[str, Any]]) -> tuple[Any, ...]:
@@ -59,6 +64,12 @@ def kept_analyses(store: Store, plan: Mapping[str, Any]) -> list[tuple[Path, dic
         return (arm, against, one["seed"], one["checkpoint"], *found, pair[0].name)
 
     return sorted(found, key=order)
+
+
+def _look_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a result is of, whatever version of its analysis found it."""
+    keys = ("analysis", "seed", "checkpoint", "images", "attack", "select")
+    return (*(record[key] for key in keys), *record["nodes"])
 
 
 def _arms(record: Mapping[str, Any]) -> list[str]:

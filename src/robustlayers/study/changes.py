@@ -21,6 +21,7 @@ from robustlayers.study.begin import start_text
 from robustlayers.study.phases import group_texts, input_attack, phase_partition
 from robustlayers.study.plan import PhaseNode
 from robustlayers.training import EpochLog, GroupChange, check_promises, compare, snapshot
+from robustlayers.training.state import joined, part
 
 __all__ = ["Changed", "Recalibrated"]
 
@@ -131,16 +132,13 @@ class Recalibrated:
 
     def state(self) -> dict[str, Tensor]:
         """Return all that a resume needs."""
-        state = {f"estimate/{name}": tensor for name, tensor in self.estimate.state().items()}
-        state |= {f"model/{name}": tensor for name, tensor in snapshot(self.model).items()}
+        state = joined({"estimate": self.estimate.state(), "model": snapshot(self.model)})
         return {**state, "done": torch.tensor(self.done)}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a state."""
-        self.model.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
-        self.estimate.load_state(
-            {n.removeprefix("estimate/"): t for n, t in tensors.items() if n.startswith("estimate/")}
-        )
+        self.model.load_state_dict(part(tensors, "model"))
+        self.estimate.load_state(part(tensors, "estimate"))
         self.done = int(tensors["done"])
 
     def verify(self) -> list[GroupChange]:

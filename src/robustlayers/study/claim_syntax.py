@@ -7,20 +7,24 @@ and terms `metric[factor=level, ...]`, with parentheses. A product of two terms 
     unary    = "-"* (number | term | "(" expr ")")     term    = metric ("[" part ("," part)* "]")?
     part     = factor "=" level | level | "checkpoint" "=" name
 
-A dash between letters or digits belongs to the name (`pgd-20`), so a minus after a name needs a space. Metrics, factors
-and levels may be quoted: `robust[group="random(like=norm, seed=0)"]`. A level alone stands for the one factor that has
-it. The brackets must fix every factor. A term is read at the checkpoint that is judged, unless it pins one.
+A dash, a colon or an @ between letters or digits belongs to the name (`pgd-20`, `corrupted:fog:3`, `clean@main`), so a
+minus after a name needs a space. Metrics, factors and levels may be quoted: `robust[group="random(like=norm, seed=0)"]`,
+`'pgd-20@main>auxiliary'`. A level alone stands for the one factor that has it. The brackets must fix every factor. A term
+is read at the checkpoint that is judged, unless it pins one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from robustlayers.core.errors import Fault, UserError, one_of
 
-__all__ = ["Claim", "Linear", "Part", "Term", "parse"]
+__all__ = ["Claim", "Linear", "Part", "Refuse", "Term", "parse", "spelled"]
+
+Refuse = Callable[[str], str]
+"""`refuse(metric) -> what is to be said about a metric that the study does not have`"""
 
 _PIN = "checkpoint"
 _DEEPEST = 50  # parentheses inside each other
@@ -28,7 +32,7 @@ _LARGEST = 1e15
 _SIGN = {">": 1.0, ">=": 1.0, "<": -1.0, "<=": -1.0}
 _SPACE = re.compile(r"\s*")
 _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?)(\s*%)?", re.ASCII)
-_NAME = re.compile(r"[^\W\d]\w*(?:[-.]\w+)*")
+_NAME = re.compile(r"[^\W\d]\w*(?:[-.:@]\w+)*")
 _QUOTED = re.compile(r"\"((?:[^\"\\]|\\.)*)\"|'((?:[^'\\]|\\.)*)'")
 _LEVEL = re.compile(r"[^,\[\]\"'=<>][^,\[\]\"=<>]*")
 _OPERATOR = re.compile(r"[<>]=?")
@@ -92,35 +96,61 @@ class Claim:
         """Left minus right for `>` and `>=`, right minus left for `<` and `<=`: positive supports the claim."""
         return self.left.plus(self.right.times(-1.0)).times(_SIGN[self.operator])
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that it names, each once."""
+        return tuple(dict.fromkeys(term.metric for _, term in self.difference.terms))
+
     def check(
-        self, factors: Mapping[str, Sequence[str]], metrics: Sequence[str], checkpoints: Sequence[str]
+        self,
+        factors: Mapping[str, Sequence[str]],
+        metrics: Collection[str],
+        checkpoints: Sequence[str],
+        refuse: Refuse | None = None,
     ) -> list[Fault]:
         """Return a fault for everything that the study (factor -> levels, metrics, checkpoints) does not have.
+
+        What is said about an unknown metric is its nearest names and the allowed ones, unless `refuse` knows better.
 
         >>> print(*parse("robust[group=nrom] > 0.1").check({"group": ["norm", "all"]}, ["clean", "robust"], ["last"]))
         column 8: unknown level of group 'nrom'; nearest: norm; allowed: all, norm
         """
-        return self._resolve(factors, metrics, checkpoints)[1]
+        return self._resolve(factors, metrics, checkpoints, refuse)[1]
 
-    def bind(self, factors: Mapping[str, Sequence[str]], metrics: Sequence[str], checkpoints: Sequence[str]) -> Claim:
+    def bind(
+        self,
+        factors: Mapping[str, Sequence[str]],
+        metrics: Collection[str],
+        checkpoints: Sequence[str],
+        refuse: Refuse | None = None,
+    ) -> Claim:
         """Return the claim with the factor of every level filled in; what `check` finds is a `UserError`.
 
         >>> claim = parse("robust[norm] > robust[all]").bind({"group": ["norm", "all"]}, ["robust"], ["last"])
         >>> [term.levels for _, term in claim.difference.terms]
         [{'group': 'norm'}, {'group': 'all'}]
         """
-        claim, faults = self._resolve(factors, metrics, checkpoints)
+        claim, faults = self._resolve(factors, metrics, checkpoints, refuse)
         if faults:
             raise UserError(faults)
         return claim
 
     def _resolve(
-        self, factors: Mapping[str, Sequence[str]], metrics: Sequence[str], checkpoints: Sequence[str]
+        self,
+        factors: Mapping[str, Sequence[str]],
+        metrics: Collection[str],
+        checkpoints: Sequence[str],
+        refuse: Refuse | None,
     ) -> tuple[Claim, list[Fault]]:
         faults: list[Fault] = []
         sides: list[Linear] = []
         for side in (self.left, self.right):
-            terms = [(factor, _bind_term(term, factors, metrics, checkpoints, faults)) for factor, term in side.terms]
+            terms = []
+            for factor, term in side.terms:
+                if term.metric not in metrics:
+                    text = one_of("metric", term.metric, metrics) if refuse is None else refuse(term.metric)
+                    faults.append(Fault(f"column {term.column}: {text}"))
+                terms.append((factor, _bind_term(term, factors, checkpoints, faults)))
             sides.append(Linear(side.constant, tuple(terms)))
         claim = replace(self, left=sides[0], right=sides[1])
         if not faults:
@@ -136,7 +166,6 @@ class Claim:
 def _bind_term(
     term: Term,
     factors: Mapping[str, Sequence[str]],
-    metrics: Sequence[str],
     checkpoints: Sequence[str],
     faults: list[Fault],
 ) -> Term:
@@ -145,8 +174,6 @@ def _bind_term(
     def fault(column: int, message: str) -> None:
         faults.append(Fault(f"column {column}: {message}"))
 
-    if term.metric not in metrics:
-        fault(term.column, one_of("metric", term.metric, metrics))
     parts: list[Part] = []
     seen: set[str] = set()
     sound = True
@@ -180,6 +207,15 @@ def _bind_term(
     if free and sound:
         fault(term.column, f"{term.metric} must name one arm, but leaves free: {'; '.join(free)}")
     return replace(term, parts=tuple(parts))
+
+
+def spelled(name: str) -> str:
+    """Return a metric as a claim has to write it: in quotes where it is not a name to the language.
+
+    >>> spelled("corrupted:fog:3"), spelled("sanity:eps=8/255")
+    ('corrupted:fog:3', "'sanity:eps=8/255'")
+    """
+    return name if _NAME.fullmatch(name) else "'" + re.sub(r"(['\\])", r"\\\1", name) + "'"
 
 
 def parse(text: str) -> Claim:

@@ -29,6 +29,7 @@ def judge(
     checkpoints: Sequence[str],
     level: float = 0.95,
     facts: Collection[str] = (),
+    numbers: Collection[str] = (),
 ) -> list[ClaimResult]:
     """Return what the seeds say about each claim, for each checkpoint in the order given.
 
@@ -41,13 +42,16 @@ def judge(
     One seed decides nothing, and nor do differences that are all equal: on few images two seeds coincide by chance, and
     there is no spread to test. Only claims about `facts`, metrics that have no spread by nature such as `trained_share`,
     are decided by the sign of the difference (0 supports `>=` and `<=` and leaves `>` and `<` undecided); p is then None.
+
+    A difference is told in percentage points where every value is in [0, 1] and no metric is one of the `numbers`, such as
+    counts, which may be 0 or 1 by chance.
     """
     if not 0 < level < 1:
         raise UserError(f"confidence level must be between 0 and 1, such as 0.95; it is {level}")
     results: list[ClaimResult] = []
     for checkpoint in checkpoints:
         evidence = [
-            _gather(say, claim, lookup, checkpoint, facts)
+            _gather(say, claim, lookup, checkpoint, facts, numbers)
             for say, claim in claims
             if _judged_at(claim, checkpoints) in (None, checkpoint)
         ]
@@ -79,12 +83,14 @@ class _Evidence:
     differences: tuple[float, ...]
     identical: bool
     exact: bool  # every term is a fact, which no other seed would change
-    fractions: bool  # every measured value is in [0, 1]
+    fractions: bool  # every measured value is a share
     p: float | None
     p_against: float | None
 
 
-def _gather(say: str, claim: Claim, lookup: Lookup, checkpoint: str, facts: Collection[str]) -> _Evidence:
+def _gather(
+    say: str, claim: Claim, lookup: Lookup, checkpoint: str, facts: Collection[str], numbers: Collection[str]
+) -> _Evidence:
     expression = claim.difference
     columns: list[tuple[float, dict[int, float]]] = []
     for factor, term in expression.terms:
@@ -110,7 +116,8 @@ def _gather(say: str, claim: Claim, lookup: Lookup, checkpoint: str, facts: Coll
         tuple(differences),
         identical=len(seeds) > 1 and p is None,
         exact=all(term.metric in facts for _, term in expression.terms),
-        fractions=all(0 <= value <= 1 for _, column in columns for value in column.values()),
+        fractions=all(0 <= value <= 1 for _, column in columns for value in column.values())
+        and not any(term.metric in numbers for _, term in expression.terms),
         p=p,
         p_against=None if p is None else paired_t([-difference for difference in differences]),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from robustlayers.core.device import machine, versions
@@ -12,7 +14,7 @@ from robustlayers.evaluation.flags import meaning
 from robustlayers.study.analyzed import collect_analyses
 from robustlayers.study.claims import judge
 from robustlayers.study.claims import parse as parse_claim
-from robustlayers.study.definition import FACTS
+from robustlayers.study.metrics import FACTS, NUMBERS
 from robustlayers.study.store import Store
 from robustlayers.study.summary import (
     Arm,
@@ -56,13 +58,10 @@ def collect(store: Store) -> Summary:
         return found.get(metric, {})
 
     factors = {factor: tuple(levels) for factor, levels in plan["factors"].items()}
-    metrics = ["clean", "robust", *plan["attacks"], *FACTS]
-    claims = judge(
-        [(c["say"], parse_claim(c["that"]).bind(factors, metrics, plan["checkpoints"])) for c in plan["claims"]],
-        lookup,
-        plan["checkpoints"],
-        facts=FACTS,
-    )
+    stated = [(claim["say"], parse_claim(claim["that"])) for claim in plan["claims"]]
+    # That the study measures these metrics was seen to before the plan was written.
+    bound = [(say, claim.bind(factors, claim.metrics, plan["checkpoints"])) for say, claim in stated]
+    claims = judge(bound, lookup, plan["checkpoints"], facts=FACTS, numbers=NUMBERS)
     return Summary(
         name=plan["name"],
         question=plan["question"],
@@ -127,38 +126,7 @@ def _rows(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], seed: i
 
 
 def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: list[Row]) -> Arm:
-    status, reasons, seconds, best_epoch = {}, {}, {}, {}
-    curves: dict[int, list[CurvePoint]] = {}
-    ledger: list[LedgerLine] = []
-    for seed in plan["seeds"]:
-        status[seed] = "finished" if store.whole(store.result(arm["run"], seed)) else "missing"
-        if status[seed] == "missing" and (failure := store.failure(store.result(arm["run"], seed))):
-            status[seed], reasons[seed] = failure
-        time = 0.0
-        points: list[CurvePoint] = []
-        for phase in arm["phases"]:
-            folder = store.phase(phase["id"], seed)
-            failure = store.failure(folder)
-            if failure and status[seed] == "missing":
-                status[seed], reasons[seed] = failure
-            if not store.whole(folder):
-                break
-            clock = read_json(folder / "time.json")
-            time += clock["seconds"]
-            curve = read_json(folder / "curve.json")
-            best_epoch[seed] = curve["best_epoch"]
-            for point, took in zip(curve["points"], clock["epoch_seconds"], strict=True):
-                points.append(_point(point, took))
-            ledger += [
-                LedgerLine(
-                    seed=seed,
-                    phase=phase["name"],
-                    **{key: line[key] for key in LedgerLine.__dataclass_fields__ if key in line},
-                )
-                for line in read_json(folder / "ledger.json")["groups"]
-            ]
-        seconds[seed] = time
-        curves[seed] = points
+    outcomes = {seed: _outcome(store, arm, seed) for seed in plan["seeds"]}
     norms: dict[str, list[dict[str, Any]]] = {}
     for row in _layer_rows(store, plan, arm):
         norms.setdefault(row["checkpoint"], []).append(row)
@@ -170,46 +138,99 @@ def _arm(store: Store, plan: Mapping[str, Any], arm: Mapping[str, Any], rows: li
         name=arm["name"],
         levels=arm["levels"],
         run=arm["run"],
-        status=status,
-        reasons=reasons,
+        status={seed: outcome.status for seed, outcome in outcomes.items()},
+        reasons={seed: outcome.reason for seed, outcome in outcomes.items() if outcome.reason is not None},
         trained_parameters=arm["trained_parameters"],
         trained_share=arm["trained_share"],
         forward_passes=arm["forward_passes"],
         backward_passes=arm["backward_passes"],
-        seconds=seconds,
+        seconds={seed: outcome.seconds for seed, outcome in outcomes.items()},
         results=results,
-        best_epoch=best_epoch,
-        phases=[
-            PhaseLine(
-                name=phase["name"],
-                epochs=phase["epochs"],
-                attack=phase["attack"],
-                optimizer=phase["optimizer"],
-                normalization=phase["normalization"],
-                groups=[
-                    GroupLine(
-                        name=group["name"],
-                        signal=group["signal"],
-                        start=group["start"],
-                        tensors=[(name, shape, share) for name, shape, share in group["tensors"]],
-                        parameters=group["parameters"],
-                        buffers=group["buffers"],
-                        share=group["share"],
-                        selector="" if group["selector"] == group["name"] else group["selector"],
-                    )
-                    for group in phase["groups"]
-                ],
-                forward_passes=phase["forward_passes"],
-                backward_passes=phase["backward_passes"],
-                shared_with=phase["shared_with"],
-                extras=phase.get("extras", ()),
-                step_passes=tuple(phase.get("step_passes", (0, 0))),
-            )
-            for phase in arm["phases"]
-        ],
-        curves=curves,
-        ledger=ledger,
+        best_epoch={seed: outcome.best_epoch for seed, outcome in outcomes.items() if outcome.best_epoch is not None},
+        phases=[_phase_line(phase, _crafted_in(phase, outcomes)) for phase in arm["phases"]],
+        curves={seed: outcome.points for seed, outcome in outcomes.items()},
+        ledger=[line for outcome in outcomes.values() for line in outcome.ledger],
         norms=norms,
+    )
+
+
+@dataclass
+class _Outcome:
+    """What became of one seed of an arm, up to the phase that is missing if any is."""
+
+    status: str
+    reason: str | None = None
+    seconds: float = 0.0
+    best_epoch: int | None = None
+    points: list[CurvePoint] = field(default_factory=list)
+    ledger: list[LedgerLine] = field(default_factory=list)
+    crafting: dict[str, str] = field(default_factory=dict)  # phase -> what `auto` chose there and why
+
+
+def _outcome(store: Store, arm: Mapping[str, Any], seed: int) -> _Outcome:
+    result = store.result(arm["run"], seed)
+    outcome = _Outcome("finished" if store.whole(result) else "missing")
+
+    def note_failure(folder: Path) -> None:
+        if outcome.status == "missing" and (failure := store.failure(folder)):
+            outcome.status, outcome.reason = failure
+
+    note_failure(result)
+    for phase in arm["phases"]:
+        folder = store.phase(phase["id"], seed)
+        note_failure(folder)
+        if not store.whole(folder):
+            break
+        clock, curve = read_json(folder / "time.json"), read_json(folder / "curve.json")
+        outcome.seconds += clock["seconds"]
+        outcome.best_epoch = curve["best_epoch"]
+        outcome.points += [
+            _point(point, took) for point, took in zip(curve["points"], clock["epoch_seconds"], strict=True)
+        ]
+        ledger = read_json(folder / "ledger.json")
+        if "crafting" in ledger:
+            outcome.crafting[phase["name"]] = ledger["crafting"]
+        for line in ledger["groups"]:
+            known = {key: line[key] for key in LedgerLine.__dataclass_fields__ if key in line}
+            outcome.ledger.append(LedgerLine(seed=seed, phase=phase["name"], **known))
+    return outcome
+
+
+def _crafted_in(phase: Mapping[str, Any], outcomes: Mapping[int, _Outcome]) -> dict[str, list[int]]:
+    """Return what `auto` chose in a phase, without the reasons, with the seeds: it may differ, since it is timed."""
+    found: dict[str, list[int]] = {}
+    for seed, outcome in outcomes.items():
+        if phase["name"] in outcome.crafting:
+            found.setdefault(outcome.crafting[phase["name"]].partition(":")[0], []).append(seed)
+    return found
+
+
+def _phase_line(phase: Mapping[str, Any], crafted_in: Mapping[str, Sequence[int]]) -> PhaseLine:
+    return PhaseLine(
+        name=phase["name"],
+        epochs=phase["epochs"],
+        attack=phase["attack"],
+        optimizer=phase["optimizer"],
+        normalization=phase["normalization"],
+        groups=[
+            GroupLine(
+                name=group["name"],
+                signal=group["signal"],
+                start=group["start"],
+                tensors=[(name, shape, share) for name, shape, share in group["tensors"]],
+                parameters=group["parameters"],
+                buffers=group["buffers"],
+                share=group["share"],
+                selector="" if group["selector"] == group["name"] else group["selector"],
+            )
+            for group in phase["groups"]
+        ],
+        forward_passes=phase["forward_passes"],
+        backward_passes=phase["backward_passes"],
+        shared_with=phase["shared_with"],
+        extras=phase.get("extras", ()),
+        step_passes=tuple(phase.get("step_passes", (0, 0))),
+        crafted_in=crafted_in,
     )
 
 

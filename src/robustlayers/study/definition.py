@@ -14,14 +14,13 @@ from robustlayers.study import patches, presets, yaml
 from robustlayers.study.begin import start_faults
 from robustlayers.study.claims import Claim
 from robustlayers.study.claims import parse as parse_claim
+from robustlayers.study.idle import idle_faults
+from robustlayers.study.metrics import FACTS, measured_metrics, unmeasured
 from robustlayers.study.schema import Recipe, StudyConfig
-from robustlayers.study.semantics import measured_attacks, recipe_faults
+from robustlayers.study.semantics import recipe_faults
 from robustlayers.study.validate import Keys, Place, check
 
 __all__ = ["FACTS", "ArmDefinition", "Study", "load_study"]
-
-FACTS = ("trained_share", "trained_parameters", "forward_passes", "backward_passes")
-"""Metrics of a whole run, beside the accuracies, that claims may use."""
 
 Change = tuple[Keys, str | tuple[str, ...]]
 """A changed path of the document, and where its value was written: `--set PATH`, or the path of a factor's patch."""
@@ -108,7 +107,7 @@ def load_study(path: Path | str, overrides: Sequence[str] = (), *, trust: bool =
     faults += found
     claims: list[tuple[str, Claim]] = []
     if not any(keys[0] in ("evaluate", "factors") for keys in wrong) and all(config.factors.values()):
-        claims, found = _claims(config, place)
+        claims, found = _claims(config, [] if faults else arms, place)
         faults += found
     faults += _seeds(config, place)
     if faults:
@@ -136,7 +135,7 @@ def _without(value: Any, wrong: Iterable[Keys]) -> Any:
         keys = list(path)
         while keys[0] != "phases" and any(isinstance(key, int) for key in keys):
             keys.pop()  # the whole list goes, since positions in it stand in other messages
-        if keys[0] == "phases" and keys[2:3] in (["train"], ["start"]):
+        if keys[0] == "phases" and keys[2:3] in (["train"], ["start"], ["set"]):
             keys = keys[:4]
         box: Any = value
         for key in keys[:-1]:
@@ -145,11 +144,13 @@ def _without(value: Any, wrong: Iterable[Keys]) -> Any:
             box.pop(keys[-1], None)
             if len(keys) == 4 and keys[2] == "train":
                 box[keys[-1]] = "natural"  # a group less, and the phase would leave out its tensors
+            elif len(keys) == 4 and keys[2] == "set":
+                box[keys[-1]] = "keep"
     value.setdefault("question", "?")
     if isinstance(value.get("threat"), dict):
         value["threat"] = {"norm": "linf", "eps": "8/255", **value["threat"]}
     for phase in value.get("phases") or ():
-        if isinstance(phase, dict):
+        if isinstance(phase, dict) and not phase.keys() & {"recalibrate", "set"}:
             phase.setdefault("epochs", 1)
             phase.setdefault("train", {"all": "natural"})
     return value
@@ -287,6 +288,7 @@ def _recipe(
     plain = {key: item for key, item in expanded.items() if key in _RECIPE}
     recipe, wrong = check(Recipe, plain, place)  # as written, so that a fault names the place where it was written
     if recipe is not None:
+        faults += idle_faults(plain["phases"], place)
         recipe, wrong = check(Recipe, _inherit(plain), place)
     faults += recipe_faults(recipe, place, trust) if recipe is not None else wrong.values()
     if recipe is not None and not faults:
@@ -355,25 +357,49 @@ def _mapping(key: str, value: Any) -> Any:
     return {"habit": value} if key == "normalization" and isinstance(value, str) else value
 
 
-def _claims(config: StudyConfig, place: Place) -> tuple[list[tuple[str, Claim]], list[Fault]]:
-    try:
-        attacks = list(measured_attacks(config))
-    except UserError:  # reported with the attacks; without their names, no claim can be judged
-        return [], []
-    claims: list[tuple[str, Claim]] = []
+def _claims(
+    config: StudyConfig, arms: Sequence[ArmDefinition], place: Place
+) -> tuple[list[tuple[str, Claim]], list[Fault]]:
+    """Return the claims, and what is wrong with them; without arms, which have faults, nothing of a model is known."""
     faults: list[Fault] = []
+    claims: list[tuple[str, Claim]] = []
+    factors = {factor: tuple(levels) for factor, levels in config.factors.items()}
+    try:
+        measured = _measured(arms) if config.claims else {}
+        names = set().union(*measured.values()) if measured else set(measured_metrics(config, model=False))
+    except UserError:  # reported where they stand; without their names, no claim can be judged
+        return [], []
     for index, claim in enumerate(config.claims):
+        found: list[Fault] = []
         try:
-            bound = parse_claim(claim.that).bind(
-                {factor: tuple(levels) for factor, levels in config.factors.items()},
-                ["clean", "robust", *attacks, *FACTS],
-                config.evaluate.checkpoints,
+            stated = parse_claim(claim.that)
+            assumed = {name for name in stated.metrics if "@" in name and config.evaluate.branches and not arms}
+            bound = stated.bind(
+                factors, names | assumed, config.evaluate.checkpoints, lambda name: unmeasured(name, config, names)
             )
             claims.append((claim.say, bound))
+            for _, term in bound.difference.terms if arms else ():
+                (arm,) = (arm for arm in arms if arm.levels == term.levels)
+                if term.metric not in measured[arm.name]:
+                    text = unmeasured(term.metric, arm.recipe, measured[arm.name])
+                    found.append(Fault(f"column {term.column}: {text} (in arm {arm.name!r})"))
         except UserError as error:
-            at = place(("claims", index, "that"))
-            faults += [Fault(f.message, at.file, at.line, at.path or f"claims.{index}.that") for f in error.faults]
+            found += error.faults
+        at = place(("claims", index, "that"))
+        faults += [_standing(fault.at(path=f"claims.{index}.that"), at) for fault in found]
     return claims, faults
+
+
+def _measured(arms: Sequence[ArmDefinition]) -> dict[str, tuple[str, ...]]:
+    """Return the metrics of each arm; of those that are measured alike they are found once."""
+    known: dict[str, tuple[str, ...]] = {}
+    found = {}
+    for arm in arms:
+        content = arm.recipe.model_dump_json(include={"data", "model", "threat", "evaluate"})
+        if content not in known:
+            known[content] = measured_metrics(arm.recipe)
+        found[arm.name] = known[content]
+    return found
 
 
 def _seeds(config: StudyConfig, place: Place) -> list[Fault]:

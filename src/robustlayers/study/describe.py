@@ -27,7 +27,7 @@ from robustlayers.study.schema import PhaseConfig, Recipe
 from robustlayers.study.semantics import build_attack, data_of, measured_attacks, model_for_checks
 from robustlayers.training import parse_signal
 
-__all__ = ["describe_plan"]
+__all__ = ["describe_plan", "model_text"]
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         f"{len(dataset.classes)} classes",
         "classes": list(dataset.classes),
         "test_images": len(test),
-        "model": _model_text(first),
+        "model": model_text(first),
         "model_parameters": everything.parameters,
         "norm_parameters": norms,
         "threat": f"{first.threat.norm} {pixels_text(first.threat.eps)}",
@@ -79,7 +79,8 @@ def _selection(select: str, attack: str) -> str:
     return f"the epoch of the last phase with the highest {which}, under {attack}"
 
 
-def _model_text(recipe: Recipe) -> str:
+def model_text(recipe: Recipe) -> str:
+    """Return a recipe's model with the options that were given."""
     options = " ".join(f"{key}={value}" for key, value in recipe.model.options.items())
     return f"{recipe.model.name} {options}".strip()
 

@@ -11,10 +11,22 @@ from robustlayers.data import Images
 from robustlayers.evaluation import CORRUPTIONS, SanityReport, corruption_accuracy
 from robustlayers.study.schema import CorruptionsConfig, EvaluateConfig
 
-__all__ = ["SANITY_IMAGES", "corruption_rows", "extras_content", "extras_passes", "families_of", "sanity_rows"]
+__all__ = [
+    "SANITY_IMAGES",
+    "corruption_passes",
+    "corruption_rows",
+    "extras_content",
+    "extras_passes",
+    "families_of",
+    "sanity_passes",
+    "sanity_rows",
+    "severities_text",
+]
 
 SANITY_IMAGES = 100
 """Test images, the first ones, that `sanity: true` looks at."""
+
+_SANITY_PASSES = 1600  # of an image, at most
 
 _GROUPS = tuple(dict.fromkeys(corruption.group for corruption in CORRUPTIONS.values()))
 
@@ -58,9 +70,18 @@ def extras_content(config: EvaluateConfig, channels: int) -> dict[str, Any]:
 
 def extras_passes(config: EvaluateConfig, channels: int, images: int) -> int:
     """Return the passes of single images that these options cost for a checkpoint, at most."""
+    return corruption_passes(config, channels, images) + sanity_passes(config, images)
+
+
+def corruption_passes(config: EvaluateConfig, channels: int, images: int) -> int:
+    """Return the passes of single images in corruptions for a checkpoint."""
     own = config.corruptions
-    corrupted = len(families_of(own, channels)) * len(own.severities) * min(own.images or images, images)
-    return corrupted + (1600 * min(SANITY_IMAGES, images) if config.sanity else 0)
+    return len(families_of(own, channels)) * len(own.severities) * min(own.images or images, images)
+
+
+def sanity_passes(config: EvaluateConfig, images: int) -> int:
+    """Return the passes of single images in the search for signs of misleading numbers for a checkpoint, at most."""
+    return _SANITY_PASSES * min(SANITY_IMAGES, images) if config.sanity else 0
 
 
 def corruption_rows(
@@ -81,7 +102,7 @@ def corruption_rows(
     some = test.first(min(config.images or len(test), len(test)))
     severities = tuple(sorted(config.severities))
     table = corruption_accuracy(forward, some.images, some.labels, families, severities, batch_size, progress=report)
-    spoken = _spoken(severities)
+    spoken = severities_text(severities)
     counted = sum(CORRUPTIONS[family].group != "extra" for family in families) or len(families)
     what = f"mean over {counted} famil{'y' if counted == 1 else 'ies'} and {spoken}, {len(some)} images"
     rows = [{"metric": "corrupted", "value": table.mean, "split": "test", "attack": what}]
@@ -117,5 +138,10 @@ def sanity_rows(found: SanityReport) -> list[dict[str, Any]]:
     return rows
 
 
-def _spoken(severities: Sequence[int]) -> str:
+def severities_text(severities: Sequence[int]) -> str:
+    """Return severities as a person reads them.
+
+    >>> severities_text([1, 3])
+    'severities 1, 3'
+    """
     return f"severit{'y' if len(severities) == 1 else 'ies'} {', '.join(map(str, severities))}"

@@ -17,11 +17,28 @@ import torch
 
 from robustlayers.core.errors import UserError
 
-__all__ = ["Event", "OnEvent", "Queue", "Stopped", "Task", "execute", "perform"]
+__all__ = ["Apart", "Event", "OnEvent", "Queue", "Stopped", "Task", "apart", "execute", "perform"]
 
 
 class Stopped(Exception):
     """Raised by a task that ended without a result for a known reason, such as divergence; the text is the reason."""
+
+
+class Apart(Exception):
+    """Raised by a task that several processes do, in a part that only one does: `error`, for which no other one waits."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Say of an exception inside that the other processes have no part in what fails."""
+    try:
+        yield
+    except Exception as error:
+        raise Apart(error) from error
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a task: `started`, `done`, `stopped` or `failed` (facts: reason), or what it reported."""
+    """Something that happened to a task: `started`, `done`, `stopped` or `failed` (facts: reason), or what it reported.
+
+    Facts of `failed` hold `apart` where no other process waits for the task; see `Apart`.
+    """
 
     key: str
     kind: str
@@ -117,12 +137,18 @@ def perform(task: Task, on_event: OnEvent) -> Event:
         task.function(*task.arguments, lambda kind, facts: on_event(Event(task.key, kind, dict(facts))))
     except Stopped as stop:
         return Event(task.key, "stopped", {"reason": str(stop)})
-    except UserError as error:
-        return Event(task.key, "failed", {"reason": "; ".join(str(fault) for fault in error.faults)})
+    except Apart as failure:
+        return Event(task.key, "failed", {**_reason(failure.error), "apart": True})
     except Exception as error:
-        trace = "".join(traceback.format_exception(error))
-        return Event(task.key, "failed", {"reason": f"{type(error).__name__}: {error}", "trace": trace})
+        return Event(task.key, "failed", _reason(error))
     return Event(task.key, "done", {})
+
+
+def _reason(error: Exception) -> dict[str, Any]:
+    if isinstance(error, UserError):
+        return {"reason": "; ".join(str(fault) for fault in error.faults)}
+    trace = "".join(traceback.format_exception(error))
+    return {"reason": f"{type(error).__name__}: {error}", "trace": trace}
 
 
 def _in_workers(tasks: list[Task], workers: int, threads: int, on_event: OnEvent) -> None:

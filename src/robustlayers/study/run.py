@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,12 +14,11 @@ from robustlayers.core.device import machine, pick_device, versions
 from robustlayers.core.errors import UserError
 from robustlayers.core.files import MANIFEST, read_json, write_json, write_text
 from robustlayers.core.ranks import ALONE, Ranks
+from robustlayers.study.cost import measuring_parts, phase_cost, plan_cost
 from robustlayers.study.describe import describe_plan
-from robustlayers.study.extras import extras_passes
 from robustlayers.study.local import Event, Task, execute
 from robustlayers.study.measure import measure_run
 from robustlayers.study.plan import ArmPlan, PhaseNode, Plan
-from robustlayers.study.semantics import build_attack, data_of, measured_attacks
 from robustlayers.study.store import Store
 from robustlayers.study.together import check_together, follow, lead
 from robustlayers.study.work import train_phase
@@ -84,8 +82,8 @@ def run_plan(
     """Train and measure all that the store in `folder` does not have yet; return how it ended.
 
     `on_start(jobs, finished)` gets the jobs that are left and the share of the study's passes that is done already.
-    With several `ranks` all of them call this. They share the batches of every phase that trains; the main one does the
-    rest, and it alone writes, calls back and knows the outcome.
+    With several `ranks` all of them call this. They share the batches of every phase that trains and of the test set under
+    attack; the main one does the rest, and it alone finishes results, calls back and knows the outcome.
 
     Raises `UserError` if another process is running a study in the same folder, `Ended` if one of several fails.
     """
@@ -98,6 +96,7 @@ def run_plan(
     workers, threads = default_workers(plan, where, workers, threads)
     if not ranks.main:
         tasks = [_train_task(store, node, s, where, ranks) for s in plan.study.seeds for node in plan.nodes.values()]
+        tasks += [_measure_task(plan, store, arm, s, where, ranks) for s in plan.study.seeds for arm in _runs(plan)]
         follow({task.key: task for task in tasks}, ranks, threads=threads)
         return Outcome()
     if ranks.count > 1:
@@ -129,7 +128,7 @@ def run_plan(
                 on_event(event)
 
         if ranks.count > 1:
-            lead(tasks, ranks, shared=lambda task: task.key.startswith("train"), threads=threads, on_event=note)
+            lead(tasks, ranks, threads=threads, on_event=note)
         elif tasks:
             execute(tasks, workers=workers, threads=threads, on_event=note)
         for node in plan.nodes.values():
@@ -161,6 +160,26 @@ def _train_task(
 
 def _train_key(node: PhaseNode, seed: int) -> str:
     return f"train {node.id} {seed}"
+
+
+def _measure_task(
+    plan: Plan,
+    store: Store,
+    arm: ArmPlan,
+    seed: int,
+    device: torch.device,
+    ranks: Ranks,
+    needs: tuple[str, ...] = (),
+) -> Task:
+    measure = measure_run if ranks.count == 1 else partial(measure_run, ranks=ranks)
+    nodes = [plan.nodes[name] for name in arm.nodes]
+    arguments = (store, arm.run, nodes, arm.recipe, seed, device)
+    return Task(f"measure {arm.run} {seed}", measure, arguments, needs, _measuring_size(arm))
+
+
+def _runs(plan: Plan) -> list[ArmPlan]:
+    """Return one arm for each run; arms may be alike."""
+    return list({arm.run: arm for arm in plan.arms}.values())
 
 
 def _folder(store: Store, key: str) -> Path:
@@ -206,10 +225,11 @@ def _tasks(
                 _train_task(store, node, seed, device, ranks, needs),
                 Job(key, outcome.texts[key], size, node.epochs),
             )
-        for arm in {arm.run: arm for arm in plan.arms}.values():
-            key = f"measure {arm.run} {seed}"
+        for arm in _runs(plan):
             last = f"train {arm.nodes[-1]} {seed}"
-            size = _measuring_size(arm)
+            needs = (last,) if last in pending else ()
+            task = _measure_task(plan, store, arm, seed, device, ranks, needs)
+            key, size = task.key, task.size
             folder = store.result(arm.run, seed)
             outcome.texts[key] = f"{arm.name}, seed {seed}, measuring"
             if store.finished(folder):
@@ -218,10 +238,7 @@ def _tasks(
             if last in blocked:
                 continue
             store.forget_failure(folder)
-            nodes = [plan.nodes[name] for name in arm.nodes]
-            needs = (last,) if last in pending else ()
-            arguments: tuple[Any, ...] = (store, arm.run, nodes, arm.recipe, seed, device)
-            add(Task(key, measure_run, arguments, needs, size), Job(key, outcome.texts[key], size))
+            add(task, Job(key, outcome.texts[key], size))
     return tasks, jobs, done, outcome
 
 
@@ -233,25 +250,13 @@ def _has_kept(folder: Path, node: PhaseNode) -> bool:
 
 def plan_size(plan: Plan) -> float:
     """Return the size of a whole study in passes of one image, measuring included."""
-    one = sum(_training_size(node) for node in plan.nodes.values())
-    one += sum(_measuring_size(arm) for arm in {arm.run: arm for arm in plan.arms}.values())
-    return one * len(plan.study.seeds)
+    return plan_cost(plan).total
 
 
 def _training_size(node: PhaseNode) -> float:
-    recipe = node.recipe
-    monitor = build_attack(recipe.evaluate.monitor.attack, recipe.threat)
-    images = 2 * min(recipe.evaluate.monitor.images, node.images) * node.epochs
-    return node.forward_passes + node.backward_passes + images * _passes(monitor)
+    cost = phase_cost(node)
+    return cost.learned + cost.crafted + cost.watched
 
 
 def _measuring_size(arm: ArmPlan) -> float:
-    recipe = arm.recipe
-    test = data_of(recipe.data)[3]
-    passes = len(test) * sum(map(_passes, measured_attacks(recipe).values()))
-    passes += extras_passes(recipe.evaluate, test.shape[0], len(test))
-    return float(len(recipe.evaluate.checkpoints) * passes)
-
-
-def _passes(attack: Any) -> int:
-    return 1 + getattr(attack, "forward_passes", 0) + getattr(attack, "backward_passes", 0)
+    return len(arm.recipe.evaluate.checkpoints) * sum(part.passes for part in measuring_parts(arm.recipe))

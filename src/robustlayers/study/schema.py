@@ -322,13 +322,6 @@ class PhaseConfig(TrainingConfig):
             if self.epochs is not None and self.steps is not None:
                 raise ValueError("epochs and steps exclude each other; give one of them")
             return self
-        idle = [
-            key
-            for key in ("steps", "start", "windows", "perturbation", "ascent", "average", "stop", "keep")
-            if getattr(self, key)
-        ]
-        if idle:
-            raise ValueError(f"{', '.join(idle)}: only a phase with train takes this, and it has {self.kind}")
         if self.epochs not in (None, 0, 1):
             raise ValueError(f"epochs: {self.epochs} is not allowed with {self.kind}; allowed: 0 or 1")
         return self

@@ -113,6 +113,7 @@ class PhaseLine:
     shared_with: int  # number of arms that use this very phase result
     extras: Sequence[str] = ()  # windows, eps schedule, ascent, average, early stop, in words
     step_passes: tuple[int, int] = (0, 0)  # forward and backward passes of one image in an ordinary step
+    crafted_in: Mapping[str, Sequence[int]] = field(default_factory=dict)  # what `crafting: auto` chose -> seeds
 
 
 @dataclass(frozen=True)

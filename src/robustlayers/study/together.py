@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -22,20 +22,19 @@ class Ended(Exception):
     """A process failed at a task that it did with others, so that all of them must end; the text says why, once."""
 
 
-def lead(tasks: list[Task], ranks: Ranks, *, shared: Callable[[Task], bool], threads: int, on_event: OnEvent) -> None:
-    """Do tasks in an order that respects their needs, those that are `shared` together with the others, which `follow`.
+def lead(tasks: list[Task], ranks: Ranks, *, threads: int, on_event: OnEvent) -> None:
+    """Do tasks in an order that respects their needs, together with the others, which `follow`.
 
-    One that fails at a task of its own is `failed`, and the rest goes on. One that fails at a shared task raises `Ended`,
-    since the others are somewhere in the middle of it; of divergence all know, so that they go on.
+    Where one fails, it raises `Ended`, since the others are somewhere in the middle of the task. Of divergence all know, and
+    what fails `Apart` concerns nobody else: then the rest goes on.
     """
     queue = Queue(tasks)
     with _threads(threads):
         while task := queue.next():
             on_event(Event(task.key, "started", {}))
-            if shared(task):
-                ranks.tell(task.key)
+            ranks.tell(task.key)
             end = perform(task, on_event)
-            if end.kind == "failed" and shared(task):
+            if end.kind == "failed" and not end.facts.get("apart"):
                 if ranks.first():
                     on_event(end)
                 raise Ended("")

@@ -27,7 +27,7 @@ from robustlayers.study.schema import PhaseConfig, Recipe
 from robustlayers.study.semantics import build_attack, build_model, data_of
 from robustlayers.study.steering import measured_as, policy_of
 from robustlayers.study.store import Store
-from robustlayers.training import Diverged, PhaseTrainer, snapshot
+from robustlayers.training import Diverged, EpochLog, PhaseTrainer, snapshot
 
 __all__ = ["Report", "stops", "train_phase"]
 
@@ -63,68 +63,104 @@ def train_phase(
 
 
 def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, report: Report, ranks: Ranks) -> None:
-    recipe, phase = node.recipe, node.phase
-    folder = store.phase(node.id, seed)
-    dataset, train, validation, _ = data_of(recipe.data)
-    model = build_model(recipe.model, dataset, seed)
-    if node.parent is not None:
-        model.load_state_dict(read_tensors(store.phase(node.parent, seed) / "last.safetensors"))
-    if phase.kind == "set":
-        before = snapshot(model)
-        begin(model, recipe, phase, seed, node.first_epoch, _ends(store, node, seed))
-        work: _Work = Changed(node, model.to(device), before)
-    else:
-        begin(model, recipe, phase, seed, node.first_epoch, _ends(store, node, seed))
-        model.to(device)
-        if phase.kind == "recalibrate":
-            work = Recalibrated(node, model, train.to(device), seed)
-        else:
-            images = train.to(device)
-            work = build_trainer(
-                model, recipe, phase, images, seed=seed, first_epoch=node.first_epoch, device=device, ranks=ranks
-            )
+    phase, folder = node.phase, store.phase(node.id, seed)
+    dataset, train, validation, _ = data_of(node.recipe.data)
+    work = _begun(store, node, seed, build_model(node.recipe.model, dataset, seed), train, device, ranks)
     record = _resume_together(store, work, folder, ranks)
     _check_count(record, phase, ranks, folder)
-    monitor = _Monitor(recipe, node, train, validation, device, ranks)
+    monitor = _Monitor(node.recipe, node, train, validation, device, ranks)
     write = write_tensors if ranks.main else _nothing
     saved = time.monotonic()
+    told = ""
 
     def progress(done: int, of: int) -> None:
         report("batch", {"done": done, "of": of, "epoch": work.done})
 
     while work.done < work.epochs and not stops(phase, node.select, record["curve"]):
         log = work.run(steps=_STRIDE, progress=progress)
+        if told != (told := _chosen(work)):
+            report("chosen", {"text": told})
         if log is None:
             if ranks.main and time.monotonic() - saved > _SAVE_SECONDS:
                 _save(work, folder, record)
                 saved = time.monotonic()
             continue
-        began = time.perf_counter()
-        with work.result() as result:
-            point = {
-                "epoch": log.epoch,
-                "phase": phase.name,
-                **monitor(result),
-                "train_loss": None if isnan(log.loss) else log.loss,
-            }
-            record["curve"].append(point)
-            record["seconds"] += log.seconds
-            record["monitor_seconds"] += time.perf_counter() - began
-            record["forward_passes"] += log.forward_passes
-            record["backward_passes"] += log.backward_passes
-            record["epoch_seconds"].append(log.seconds)
-            score = monitor.score(point)
-            if record["best"] is None or score > record["best"]["score"]:
-                record["best"] = {"epoch": log.epoch, "score": score, "file": f".best-{log.epoch}.safetensors"}
-                write(folder / record["best"]["file"], result.state_dict())
-            if log.epoch in node.kept:
-                write(folder / f"epoch-{log.epoch}.safetensors", result.state_dict())
+        point = _end_of_epoch(work, node, log, monitor, record, folder, write)
         if ranks.main:
             _save(work, folder, record)
         saved = time.monotonic()
         report("epoch", {**point, "done": work.done, "of": work.epochs, "seconds": log.seconds})
-    if not ranks.main:
-        return
+    if ranks.main:
+        _finish(work, folder, record)
+        store.finish(folder, kind="phase", id=node.id, seed=seed)
+
+
+def _chosen(work: _Work) -> str:
+    """Return what `crafting: auto` stands for in this phase and why; empty without it, and before the first batch."""
+    return work.step.choice.reason if isinstance(work, PhaseTrainer) and work.step.choice else ""
+
+
+def _begun(
+    store: Store,
+    node: PhaseNode,
+    seed: int,
+    model: nn.Module,
+    train: Images,
+    device: torch.device,
+    ranks: Ranks,
+) -> _Work:
+    """Return the phase before its first step: the model goes on from the phase before, and groups start as they are to."""
+    recipe, phase = node.recipe, node.phase
+    if node.parent is not None:
+        model.load_state_dict(read_tensors(store.phase(node.parent, seed) / "last.safetensors"))
+    before = snapshot(model) if phase.kind == "set" else {}
+    begin(model, recipe, phase, seed, node.first_epoch, _ends(store, node, seed))
+    model.to(device)
+    if phase.kind == "set":
+        return Changed(node, model, before)
+    images = train.to(device)
+    if phase.kind == "recalibrate":
+        return Recalibrated(node, model, images, seed)
+    return build_trainer(
+        model, recipe, phase, images, seed=seed, first_epoch=node.first_epoch, device=device, ranks=ranks
+    )
+
+
+def _end_of_epoch(
+    work: _Work,
+    node: PhaseNode,
+    log: EpochLog,
+    monitor: _Monitor,
+    record: dict[str, Any],
+    folder: Path,
+    write: Callable[[Path, Mapping[str, Tensor]], object],
+) -> dict[str, Any]:
+    """Measure the model that an epoch ended with, note it, write it where it is to be kept; return its point of the curve."""
+    began = time.perf_counter()
+    with work.result() as result:
+        point = {
+            "epoch": log.epoch,
+            "phase": node.phase.name,
+            **monitor(result),
+            "train_loss": None if isnan(log.loss) else log.loss,
+        }
+        record["curve"].append(point)
+        record["seconds"] += log.seconds
+        record["monitor_seconds"] += time.perf_counter() - began
+        record["forward_passes"] += log.forward_passes
+        record["backward_passes"] += log.backward_passes
+        record["epoch_seconds"].append(log.seconds)
+        score = monitor.score(point)
+        if record["best"] is None or score > record["best"]["score"]:
+            record["best"] = {"epoch": log.epoch, "score": score, "file": f".best-{log.epoch}.safetensors"}
+            write(folder / record["best"]["file"], result.state_dict())
+        if log.epoch in node.kept:
+            write(folder / f"epoch-{log.epoch}.safetensors", result.state_dict())
+    return point
+
+
+def _finish(work: _Work, folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the results of a phase whose last epoch is over; a broken promise raises `UserError`."""
     ledger = work.verify()
     with work.result() as result:
         write_tensors(folder / "last.safetensors", result.state_dict())
@@ -135,14 +171,13 @@ def _train(store: Store, node: PhaseNode, seed: int, device: torch.device, repor
         {
             "forward_passes": record["forward_passes"],
             "backward_passes": record["backward_passes"],
-            **({"crafting": work.step.choice.reason} if isinstance(work, PhaseTrainer) and work.step.choice else {}),
+            **({"crafting": _chosen(work)} if _chosen(work) else {}),
             **({"processes": record["processes"]} if "processes" in record else {}),
             "groups": [{**vars(change), "broken": list(change.broken), "kept": change.kept} for change in ledger],
         },
     )
     times = {"seconds", "monitor_seconds", "epoch_seconds"}
     write_json(folder / "time.json", {key: record[key] for key in times} | {"threads": torch.get_num_threads()})
-    store.finish(folder, kind="phase", id=node.id, seed=seed)
 
 
 def _ends(store: Store, node: PhaseNode, seed: int) -> Ends:

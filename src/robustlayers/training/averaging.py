@@ -23,6 +23,7 @@ from robustlayers.core.quantities import number
 from robustlayers.normalization import crafting_forward, recalibration
 from robustlayers.selection.inventory import Entry, Inventory, is_norm
 from robustlayers.selection.selectors import resolve
+from robustlayers.training.state import joined, part
 
 __all__ = ["AVERAGES", "Average", "AverageSettings"]
 
@@ -240,14 +241,13 @@ class Average:
 
     def state(self) -> dict[str, Tensor]:
         """Return all that a resume needs, as new tensors: `updates`, `average/...` and `recalibrated/...`."""
-        state = {"updates": torch.tensor(self.updates)}
-        state |= {f"average/{name}": tensor.clone() for name, tensor in self._averages.items()}
-        return state | {f"recalibrated/{name}": tensor.clone() for name, tensor in self._recalibrated.items()}
+        parts = joined({"average": self._averages, "recalibrated": self._recalibrated})
+        return {"updates": torch.tensor(self.updates), **{name: tensor.clone() for name, tensor in parts.items()}}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a state that `state` returned for the same model and settings."""
         updates = int(tensors["updates"]) if "updates" in tensors else -1
-        averages, recalibrated = (_below(tensors, prefix) for prefix in ("average/", "recalibrated/"))
+        averages, recalibrated = part(tensors, "average"), part(tensors, "recalibrated")
         expected = {entry.name for entry in self._statistics}
         entries = self.inventory.entries
         fits = (
@@ -301,7 +301,3 @@ class Average:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,8 @@ from robustlayers.core.random import stream
 from robustlayers.normalization.context import normalizing
 from robustlayers.normalization.fold import CraftingForward, crafting_forward
 from robustlayers.normalization.precision import PRECISIONS, Choice
-
-if TYPE_CHECKING:
-    from robustlayers.training.binding import Binding
-    from robustlayers.training.step import StepLog
+from robustlayers.training.binding import Binding
+from robustlayers.training.tally import StepLog
 
 __all__ = ["Attack", "Crafting", "scaled"]
 

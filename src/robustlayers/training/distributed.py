@@ -12,6 +12,7 @@ from robustlayers.attacks import FGSM, MIM, NFGSM, PGD, RFGSM, Gaussian, Noise, 
 from robustlayers.attacks._draws import Part
 from robustlayers.core.errors import UserError, one_of
 from robustlayers.core.ranks import Ranks
+from robustlayers.normalization.precision import Choice
 from robustlayers.normalization.synchronized import Shared, check_layers, sharing
 from robustlayers.selection.inventory import Inventory, is_norm
 from robustlayers.training.step import PartialStep, StepLog
@@ -95,6 +96,7 @@ class Shards:
         ]
         self.sizes: list[int] = []
         self._before: list[Tensor] = []
+        self._agreed = False
 
     @property
     def several(self) -> bool:
@@ -203,6 +205,16 @@ class Shards:
                 flat = before + self.ranks.total((flat - before) * self.share)
             for tensor, value in zip(own, flat.split([tensor.numel() for tensor in own]), strict=True):
                 tensor.copy_(value.view_as(tensor))
+
+    def agree(self, step: PartialStep) -> None:
+        """Let all processes craft in the precision that the first one chose, once it has."""
+        if self._agreed or not self.several or step.choice is None:
+            return
+        own = step.choice.plain_data()
+        told = self.ranks.tell(own)
+        if told != own:
+            step.choice = Choice.of(told)
+        self._agreed = True
 
 
 def check_shared(step: PartialStep, statistics: str) -> None:

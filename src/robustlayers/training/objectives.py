@@ -5,16 +5,26 @@ A new objective is one function and one line in `OBJECTIVES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robustlayers.core.errors import UserError, one_of
+from robustlayers.core.errors import Fault, UserError, one_of
 from robustlayers.core.quantities import number
 
-__all__ = ["FROZEN", "OBJECTIVES", "Objective", "Signal", "parse_signal", "signal_text"]
+__all__ = [
+    "FROZEN",
+    "OBJECTIVES",
+    "Objective",
+    "Signal",
+    "checked_labels",
+    "parse_signal",
+    "parse_signals",
+    "signal_text",
+]
 
 FROZEN = "frozen"
 
@@ -84,6 +94,27 @@ def parse_signal(value: str | Mapping[str, float | str]) -> Signal:
         if weights[name] <= 0:
             raise UserError(f"weight of {name}: {weight} is not positive; leave the objective out instead")
     return weights
+
+
+def checked_labels(x: Tensor, y: Tensor, *, shared: bool) -> Tensor:
+    """Return the labels of a batch as int64; `shared` among processes, one's part may be empty.
+
+    Raises `UserError` unless there is one integer for each image, and for a batch without images: its mean loss is NaN.
+    """
+    if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise UserError(f"a step takes one integer label per image; got {y.dtype} {list(y.shape)} for {len(x)} images")
+    if not len(x) and not shared:
+        raise UserError("a step takes one image at least; the batch is empty")
+    return y.long()
+
+
+def parse_signals(groups: Collection[str], signals: Mapping[str, str | Mapping[str, float | str]]) -> dict[str, Signal]:
+    """Return the signal of each group; `UserError` names all groups that are unknown, and all that have none."""
+    faults = [Fault(one_of("group", group, groups)) for group in signals if group not in groups]
+    faults += [Fault(f"group {group!r} has no signal") for group in groups if group not in signals]
+    if faults:
+        raise UserError(faults)
+    return {group: parse_signal(signals[group]) for group in groups}
 
 
 def signal_text(signal: Signal) -> str:

@@ -10,16 +10,16 @@ optimizer.step()                                  # frozen: requires_grad False 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustlayers.core.errors import Fault, UserError, one_of
+from robustlayers.core.errors import UserError, one_of
+from robustlayers.core.random import stream_place
 from robustlayers.normalization.context import normalizing, statistics_of
 from robustlayers.normalization.habits import habit
 from robustlayers.normalization.layers import RandomNorm, seed_draws
@@ -27,11 +27,13 @@ from robustlayers.normalization.policy import NormPolicy
 from robustlayers.normalization.precision import Choice
 from robustlayers.selection.inventory import norm_layers
 from robustlayers.selection.partition import Partition
-from robustlayers.training.ascent import Ascent, bind, climb, parse_ascent, perturbed, stationary
+from robustlayers.training.ascent import Ascent, bind, climb, parse_ascent, perturbed
 from robustlayers.training.binding import Binding, Shares
 from robustlayers.training.crafting import Attack, Crafting, scaled
-from robustlayers.training.objectives import Signal, parse_signal
+from robustlayers.training.differentiation import differentiate
+from robustlayers.training.objectives import checked_labels, parse_signals
 from robustlayers.training.precision import PRECISIONS, Layout, computing
+from robustlayers.training.tally import StepLog
 
 __all__ = ["WHOLE", "Attack", "Gradients", "PartialStep", "StepLog", "Turn", "scaled"]
 
@@ -51,22 +53,6 @@ class Turn:
 
 WHOLE = Turn()
 """A step in which every group does what its signal says."""
-
-
-@dataclass
-class StepLog:
-    """What one step saw; tensors stay on the device, so that reading them is the caller's choice of a wait."""
-
-    losses: dict[str, Tensor] = field(default_factory=dict)  # objective -> scalar
-    correct: dict[str, Tensor] = field(default_factory=dict)  # pass -> number of right answers; of log after the update
-    size: int = 0
-    forward_passes: int = 0  # of the whole batch
-    backward_passes: int = 0
-
-    @property
-    def loss(self) -> Tensor:
-        """Sum of the losses of all objectives."""
-        return torch.stack(list(self.losses.values())).sum() if self.losses else torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -137,7 +123,7 @@ class PartialStep:
         self.model, self.partition, self.optimizer = model, partition, optimizer
         self.average = average
         self.policy = habit(policy) if isinstance(policy, str) else policy or NormPolicy()
-        self._snapshot = statistics_of(norm_layers(model).values()) if _freezes(self.policy) else {}
+        self._snapshot = statistics_of(norm_layers(model).values()) if self.policy.freezes else {}
         self._draws = any(isinstance(module, RandomNorm) for module in model.modules())
         self.seed = seed
         self.steps = 0
@@ -149,7 +135,7 @@ class PartialStep:
         self._crafting = Crafting(
             model, attack, precision=crafting, seed=seed, layout=self._layout, frozen=self._snapshot
         )
-        self.signals = _signals(partition, signals)
+        self.signals = parse_signals(partition.groups, signals)
         if not any(self.signals.values()):
             raise UserError("every group is frozen: nothing to train")
         self._tensors: dict[str, Tensor] = {e.name: e.tensor for e in partition.inventory if not e.buffer}
@@ -170,7 +156,10 @@ class PartialStep:
     def __call__(
         self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None, turn: Turn = WHOLE
     ) -> StepLog:
-        """Craft, differentiate and update on one batch: x float [n, c, h, w] in [0, 1], y int64 [n]."""
+        """Craft, differentiate and update on one batch: x float [n, c, h, w] in [0, 1], y integers [n].
+
+        Raises `UserError` for labels that are not one integer per image, and for a batch without images.
+        """
         if self.optimizer is None:
             raise UserError("this step has no optimizer; use gradients() or give one")
         binding = self.binding(turn)
@@ -206,8 +195,9 @@ class PartialStep:
         binding = self.binding(turn)
         forward = len(binding.passes) + sum(name in binding.extra for name in ("again", "log"))
         backward = binding.backwards
-        if self._ascends(binding, turn) and self.ascent is not None:
-            steps = self.ascent.resolved().steps or 1
+        ascent = self._ascent(binding, turn)
+        if ascent is not None:
+            steps = ascent.steps or 1
             forward += steps * len(binding.passes)
             backward += steps * sum(map(bool, binding.climbs.values()))
         if "adversarial" in binding.passes and turn.eps > 0:
@@ -262,9 +252,10 @@ class PartialStep:
         forwards["craft"] = getattr(self.attack, "forward_passes", 0) if crafts else 0
         forwards["score"] = int(crafts and self._crafting.scores(binding))
         made = [(binding.settings[name], count) for name, count in forwards.items() if count]
-        if self._ascends(binding, turn) and self.ascent is not None:
+        ascent = self._ascent(binding, turn)
+        if ascent is not None:
             # The first of the forwards of each pass is at the weights as they are.
-            made += [(settings, self.ascent.resolved().steps or 1) for settings in binding.ascent_settings.values()]
+            made += [(settings, ascent.steps or 1) for settings in binding.ascent_settings.values()]
         names = {module: name for name, module in self.model.named_modules()}
         return {
             names[module]: sum(count for settings, count in made if settings[module].update)
@@ -272,9 +263,9 @@ class PartialStep:
             if any(buffer is not None for buffer in module._buffers.values())
         }
 
-    @staticmethod
-    def _ascends(binding: Binding, turn: Turn) -> bool:
-        return binding.climbing and turn.ascend
+    def _ascent(self, binding: Binding, turn: Turn) -> Ascent | None:
+        """Return the ascent that a step of this turn makes, with its defaults filled in."""
+        return self.ascent.resolved() if self.ascent is not None and binding.climbing and turn.ascend else None
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -300,31 +291,26 @@ class PartialStep:
     def _gradients(
         self, x: Tensor, y: Tensor, generator: torch.Generator | None, turn: Turn, binding: Binding
     ) -> Gradients:
+        y = checked_labels(x, y, shared=self.average is not None)
         log = StepLog(size=len(x))
         inputs = {"clean": x}
         if self._draws:
-            seed_draws(self.model, *self._place(generator))
+            # They depend on the stream of this step, and none of them moves it.
+            seed_draws(self.model, self.seed, self.steps if generator is None else stream_place(generator))
         if "adversarial" in binding.passes:
             inputs["adversarial"] = self._crafting(x, y, generator, turn.eps, binding, log, self.steps)
         gradients = self._slopes(inputs, y, turn, binding, log)
         self._extra("again", x, y, binding, log)
         return Gradients(gradients, log)
 
-    def _place(self, generator: torch.Generator | None) -> tuple[int, int]:
-        """Return what the draws of norm layers depend on: the stream of this step, which none of them moves."""
-        if generator is None:
-            return self.seed, self.steps
-        state = hashlib.sha256(generator.get_state().cpu().numpy().tobytes()).digest()
-        return self.seed, int.from_bytes(state[:7], "big")
-
     def _slopes(
         self, inputs: Mapping[str, Tensor], y: Tensor, turn: Turn, binding: Binding, log: StepLog
     ) -> dict[str, Tensor]:
-        if not self._ascends(binding, turn):
+        ascent = self._ascent(binding, turn)
+        if ascent is None:
             return self._differentiate(inputs, y, binding, binding.shares, log)
-        assert self.ascent is not None and self._climbed is not None
-        limit = self.ascent.resolved().limit
-        limit = None if limit is None else float(limit)
+        assert self._climbed is not None  # as the ascent is not
+        limit = None if ascent.limit is None else float(ascent.limit)
         weights = {name: self._tensors[name] for name in self._climbed}
         at_rest = [True]  # the first gradient is taken at the weights as they are, where statistics are updated as ever
 
@@ -332,7 +318,7 @@ class PartialStep:
             ascending, at_rest[0] = not at_rest[0], False
             return self._differentiate(inputs, y, binding, binding.climbs, log, ascending=ascending, limit=limit)
 
-        with perturbed(weights, climb(self.ascent, weights, self._climbed, slopes)):
+        with perturbed(weights, climb(ascent, weights, self._climbed, slopes)):
             return self._differentiate(inputs, y, binding, binding.shares, log, ascending=True)
 
     def _differentiate(
@@ -356,48 +342,14 @@ class PartialStep:
             logits = {}
             for name in binding.passes:
                 logits |= self._forward(name, {name: inputs[name]}, y, binding, shares, log, ascending)
-        gradients: dict[str, Tensor] = {}
-        for place, objective in enumerate(binding.objectives):
-            wanted = shares[objective.name]
-            if limit is None:
-                loss = objective.loss(logits, y)
-            else:
-                stays = stationary(logits[objective.passes[-1]].detach(), y, limit)
-                loss = (objective.losses(logits, y) * stays).mean()
-            if not ascending:  # what the log tells is about the weights as they are
-                log.losses.setdefault(
-                    objective.name, loss.detach() if limit is None else objective.loss(logits, y).detach()
-                )
-            if not wanted or not loss.requires_grad:  # only buffers learn from it, or what is not used in the forward
-                continue
-            later = [
-                other
-                for other in binding.objectives[place + 1 :]
-                if binding.joint or set(other.passes) & set(objective.passes)
-            ]
-            for name in wanted:  # another pass may have switched it off since the forward
-                self._tensors[name].requires_grad_(True)
-            found = torch.autograd.grad(
-                loss, [self._tensors[name] for name in wanted], retain_graph=bool(later), allow_unused=True
-            )
-            log.backward_passes += 1
-            for name, gradient in zip(wanted, found, strict=True):
-                if gradient is None:
-                    continue
-                if shares is binding.shares:
-                    self.reached.add(name)
-                for weight, mask in wanted[name]:
-                    part = gradient if weight == 1.0 else gradient * weight
-                    if mask is not None:
-                        part = part * mask
-                    gradients[name] = gradients[name] + part if name in gradients else part
-        detached = {name: gradient.detach() for name, gradient in gradients.items()}
-        if self.average is None:
-            return detached
-        averaged = self.average(detached, {name: self._tensors[name] for parts in shares.values() for name in parts})
+        gradients = differentiate(binding, shares, logits, y, self._tensors, log, at_rest=not ascending, limit=limit)
+        found = set(gradients)
+        if self.average is not None:
+            wanted = {name: self._tensors[name] for parts in shares.values() for name in parts}
+            gradients = self.average(gradients, wanted)
         if shares is binding.shares:
-            self.reached.update(averaged)
-        return averaged
+            self.reached.update(found, gradients)
+        return gradients
 
     def _extra(self, name: str, x: Tensor, y: Tensor, binding: Binding, log: StepLog) -> None:
         """Make a forward of the clean images that only moves statistics, if the policy has it."""
@@ -450,16 +402,3 @@ class PartialStep:
             for kind, values in logits.items():
                 log.correct.setdefault(kind, (values.detach().argmax(1) == y).sum())
         return logits
-
-
-def _freezes(policy: NormPolicy) -> bool:
-    switches = [*policy.switches.values(), *(switch for own in policy.layers.values() for switch in own.values())]
-    return any(switch.by == "frozen" for switch in switches)
-
-
-def _signals(partition: Partition, signals: Mapping[str, str | Mapping[str, float | str]]) -> dict[str, Signal]:
-    faults = [Fault(one_of("group", group, partition.groups)) for group in signals if group not in partition.groups]
-    faults += [Fault(f"group {group!r} has no signal") for group in partition.groups if group not in signals]
-    if faults:
-        raise UserError(faults)
-    return {group: parse_signal(signals[group]) for group in partition.groups}

@@ -1,13 +1,30 @@
-"""What an epoch cost and saw: counted step by step, told at its end."""
+"""What steps and epochs cost and saw: one log for each step, counted step by step, told at the end of the epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from robustlayers.training.step import StepLog
+import torch
+from torch import Tensor
 
-__all__ = ["EpochLog", "Tally"]
+__all__ = ["EpochLog", "StepLog", "Tally"]
+
+
+@dataclass
+class StepLog:
+    """What one step saw; tensors stay on the device, so that reading them is the caller's choice of a wait."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)  # objective -> scalar
+    correct: dict[str, Tensor] = field(default_factory=dict)  # pass -> number of right answers; of log after the update
+    size: int = 0
+    forward_passes: int = 0  # of the whole batch
+    backward_passes: int = 0
+
+    @property
+    def loss(self) -> Tensor:
+        """Sum of the losses of all objectives."""
+        return torch.stack(list(self.losses.values())).sum() if self.losses else torch.zeros(())
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlayers.core.errors import UserError
-from robustlayers.core.random import stream, stream_seed
+from robustlayers.core.random import global_draws, stream, stream_seed
 from robustlayers.core.ranks import ALONE, Ranks
 from robustlayers.data import Augment, Images, batch_sizes, batches
 from robustlayers.normalization.policy import NormPolicy
@@ -36,11 +36,13 @@ from robustlayers.selection.partition import Partition
 from robustlayers.training.ascent import Ascent
 from robustlayers.training.averaging import Average, AverageSettings
 from robustlayers.training.distributed import Shards, check_shared
+from robustlayers.training.divergence import Diverged, check_finite, finite_loss
 from robustlayers.training.ledger import GroupChange, check_promises, compare, snapshot
 from robustlayers.training.optimizers import OptimizerSettings
 from robustlayers.training.program import Perturbation, Program, Window
 from robustlayers.training.rates import apply_rates, average_norms, relative_gradient_norms
 from robustlayers.training.schedules import Schedule
+from robustlayers.training.state import joined, part
 from robustlayers.training.step import Attack, PartialStep, StepLog, Turn
 from robustlayers.training.tally import EpochLog, Tally
 from robustlayers.training.update import Update
@@ -49,10 +51,6 @@ __all__ = ["Diverged", "EpochLog", "PhaseTrainer"]
 
 Progress = Callable[[int, int], None]
 """`progress(batches done, batches of the epoch)`"""
-
-
-class Diverged(Exception):
-    """The loss or a tensor stopped being finite; the text says which and at which step."""
 
 
 class PhaseTrainer:
@@ -152,7 +150,6 @@ class PhaseTrainer:
         self.within = 0  # steps of the epoch that is under way
         self._tally = Tally()
         self._seconds = 0.0
-        self._agreed = False  # with other processes, on the precision of crafting
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -191,7 +188,7 @@ class PhaseTrainer:
         began = time.perf_counter()
         if not self.within and stop:
             self._measure_rates(epoch)
-        previous: tuple[int, StepLog] | None = None
+        previous: tuple[StepLog, int, int] | None = None
         for x, y in self._batches(epoch, self.within, stop):
             index, place = self.within, self.place
             turn = self.program.turn(place)
@@ -200,27 +197,25 @@ class PhaseTrainer:
                 generator = self.shards.draws(stream(self.seed, "attack", epoch, index, device=self.device))
                 log = self.shards.whole(self.step(x, y, generator=generator, turn=turn))
             self.shards.exchange()
-            self._agree()
+            self.shards.agree(self.step)
             self._tally.add(log, self.program.learned(place))
             self.within += 1
             if self.average is not None:
                 self.average.update((place + 1) / self.steps, epoch_ended=self.within == last)
             # The loss is read one step late, so that an accelerator is never waited for while it has nothing queued.
             if previous is not None:
-                self._tally.loss += self._finite(epoch, *previous)
-            previous = (index, log)
+                self._tally.loss += finite_loss(*previous)
+            previous = (log, epoch, index)
             if progress is not None:
                 progress(self.within, last)
         if previous is not None:
-            self._tally.loss += self._finite(epoch, *previous)
+            self._tally.loss += finite_loss(*previous)
         self._seconds += time.perf_counter() - began
         return self._end_of_epoch(epoch) if self.within == last else None
 
     def _end_of_epoch(self, epoch: int) -> EpochLog:
         began = time.perf_counter()
-        for name, tensor in self.model.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise Diverged(f"{name} is not finite after epoch {epoch + 1}")
+        check_finite(self.model, epoch)
         if self.average is not None and self.average.stale:
             self._recalibrate(epoch, self.average)
         tally = self._tally
@@ -262,7 +257,7 @@ class PhaseTrainer:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-            self._finite(epoch, index, found.log)
+            finite_loss(found.log, epoch, index)
             self._tally.add(found.log, {}, images=False)
             measured.append(relative_gradient_norms(optimizer, found.by_name))
         apply_rates(optimizer, average_norms(measured))
@@ -277,7 +272,7 @@ class PhaseTrainer:
 
     def _recalibrate(self, epoch: int, average: Average) -> None:
         """Estimate the averaged model's statistics on all training images, as they are without augmentation."""
-        attack = self.step.attack if average.settings.on == "adversarial" else None
+        attack = self._met_by(average)
 
         def generator_of(index: int) -> torch.Generator:
             return stream(self.seed, "recalibration", epoch, index, device=self.device)
@@ -287,8 +282,16 @@ class PhaseTrainer:
             attack=attack,
             generator_of=None if attack is None else generator_of,
         )
-        self._tally.forward += sum(self.sizes) * (1 + getattr(attack, "forward_passes", 0))
-        self._tally.backward += sum(self.sizes) * getattr(attack, "backward_passes", 0)
+        forward, backward = self._recalibration_passes(average)
+        self._tally.forward, self._tally.backward = self._tally.forward + forward, self._tally.backward + backward
+
+    def _met_by(self, average: Average) -> Attack | None:
+        """Return the attack on the images that the average's statistics are estimated on."""
+        return self.step.attack if average.settings.on == "adversarial" else None
+
+    def _recalibration_passes(self, average: Average) -> tuple[int, int]:
+        attack, images = self._met_by(average), sum(self.sizes)
+        return images * (1 + getattr(attack, "forward_passes", 0)), images * getattr(attack, "backward_passes", 0)
 
     def _extra_passes(self) -> tuple[int, int]:
         """Return the passes beside the steps: measuring layer rates, and statistics of the average."""
@@ -299,29 +302,13 @@ class PhaseTrainer:
                 one, two = self.step.passes_per_batch(self._measuring(epoch))
                 images = sum(self.sizes[: settings.rates_batches])
                 forward, backward = forward + one * images, backward + two * images
-        if (
-            self.average is not None
-            and self.average.settings.statistics == "recalibrate"
-            and self._learning_statistics()
-        ):
-            own = self.average.settings
-            attack = self.step.attack if own.on == "adversarial" else None
-            for epoch in range(self.epochs):
-                ends = min((epoch + 1) * self.batches, self.steps)
-                if ends / self.steps >= float(own.start or 0):
-                    forward += sum(self.sizes) * (1 + getattr(attack, "forward_passes", 0))
-                    backward += sum(self.sizes) * getattr(attack, "backward_passes", 0)
+        average = self.average
+        if average is not None and average.settings.statistics == "recalibrate" and self._learning_statistics():
+            ends = [min((epoch + 1) * self.batches, self.steps) for epoch in range(self.epochs)]
+            times = sum(end / self.steps >= float(average.settings.start or 0) for end in ends)
+            one, two = self._recalibration_passes(average)
+            forward, backward = forward + times * one, backward + times * two
         return forward, backward
-
-    def _agree(self) -> None:
-        """Let all processes craft as the first one chose to, once that was done."""
-        if self._agreed or not self.shards.several or self.step.choice is None:
-            return
-        own = self.step.choice.plain_data()
-        told = self.shards.ranks.tell(own)
-        if told != own:
-            self.step.choice = Choice.of(told)
-        self._agreed = True
 
     def _learning_buffers(self) -> list[str]:
         entries, signals = self.partition.inventory.entries, self.step.signals
@@ -344,55 +331,42 @@ class PhaseTrainer:
     @contextmanager
     def _own_draws(self, epoch: int, index: int) -> Iterator[None]:
         """Give layers that draw from torch's global state, such as dropout, draws of this very step; restore it after."""
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            own = (self.shards.ranks.index,) if self.shards.several else ()
-            seed = stream_seed(self.seed, "model", epoch, index, *own)
-            torch.default_generator.manual_seed(seed)
-            for device in cuda:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
+        own = (self.shards.ranks.index,) if self.shards.several else ()
+        with global_draws(stream_seed(self.seed, "model", epoch, index, *own), [self.device]):
             yield
-
-    @staticmethod
-    def _finite(epoch: int, index: int, log: StepLog) -> float:
-        for name, loss in log.losses.items():
-            if not bool(torch.isfinite(loss)):
-                raise Diverged(f"the {name} loss is {loss.item()} at epoch {epoch + 1}, step {index + 1}")
-        return float(log.loss) * log.size
 
     def state(self) -> dict[str, Tensor]:
         """Return all that a resume needs, after any step, as named tensors."""
-        state = {f"model/{name}": tensor for name, tensor in snapshot(self.model).items()}
-        state |= {f"update/{name}": tensor for name, tensor in self.update.state().items()}
-        if self.average is not None:
-            state |= {f"average/{name}": tensor for name, tensor in self.average.state().items()}
-        state |= {f"learned/{group}": torch.tensor(count) for group, count in self._tally.learned.items()}
+        tally = self._tally
+        state = joined(
+            {
+                "model": snapshot(self.model),
+                "update": self.update.state(),
+                "average": {} if self.average is None else self.average.state(),
+                "learned": {group: torch.tensor(count) for group, count in tally.learned.items()},
+                "reached": {name: torch.ones((), dtype=torch.bool) for name in sorted(self.step.reached)},
+            }
+        )
         if self.step.choice is not None:
             state["crafting"] = torch.tensor(
                 list(json.dumps(self.step.choice.plain_data()).encode()), dtype=torch.uint8
             )
         state["place"] = torch.tensor([self.done, self.within])
-        tally = self._tally
         state["tally"] = torch.tensor([tally.loss, tally.images, tally.forward, tally.backward], dtype=torch.float64)
-        return state | {f"reached/{name}": torch.ones((), dtype=torch.bool) for name in sorted(self.step.reached)}
+        return state
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a state that `state` returned."""
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        self.model.load_state_dict(under("model/"))
-        self.update.load_state(under("update/"))
+        self.model.load_state_dict(part(tensors, "model"))
+        self.update.load_state(part(tensors, "update"))
         if self.average is not None:
-            self.average.load_state(under("average/"))
-        self.step.reached = set(under("reached/"))
+            self.average.load_state(part(tensors, "average"))
+        self.step.reached = set(part(tensors, "reached"))
         if "crafting" in tensors:
             self.step.choice = Choice.of(json.loads(bytes(tensors["crafting"].tolist())))
         self.done, self.within = (int(value) for value in tensors["place"])
         loss, images, forward, backward = tensors["tally"].tolist()
-        learned = {group: int(count) for group, count in under("learned/").items()}
+        learned = {group: int(count) for group, count in part(tensors, "learned").items()}
         self._tally = Tally(loss, int(images), int(forward), int(backward), learned)
 
     def ledger(self) -> list[GroupChange]:

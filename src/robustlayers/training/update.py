@@ -24,6 +24,7 @@ from robustlayers.training.optimizers import (
     owners,
 )
 from robustlayers.training.schedules import Schedule
+from robustlayers.training.state import joined, part
 
 __all__ = ["Update"]
 
@@ -121,20 +122,22 @@ class Update:
 
     def state(self) -> dict[str, Tensor]:
         """Return momenta, rates, parts of a drift to come and what was measured, as named tensors."""
-        state = {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(self.optimizer).items()}
-        if self.multirate is not None:
-            state |= {f"multirate/{name}": tensor for name, tensor in self.multirate.state().items()}
-        for group, total in self._sums.items():
-            state[f"measured/{group}"] = torch.tensor([float(total), float(self._counts[group])], dtype=torch.float64)
-        return state
+        measured = {group: [float(total), float(self._counts[group])] for group, total in self._sums.items()}
+        return joined(
+            {
+                "optimizer": optimizer_tensors(self.optimizer),
+                "multirate": {} if self.multirate is None else self.multirate.state(),
+                "measured": {group: torch.tensor(pair, dtype=torch.float64) for group, pair in measured.items()},
+            }
+        )
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put a state from `state` back, bit for bit; tensors of other names are left alone."""
-        load_optimizer(self.optimizer, _under("optimizer/", tensors))
+        load_optimizer(self.optimizer, part(tensors, "optimizer"))
         if self.multirate is not None:
-            self.multirate.load_state(_under("multirate/", tensors))
+            self.multirate.load_state(part(tensors, "multirate"))
         self._sums, self._counts = {}, {}
-        for group, pair in _under("measured/", tensors).items():
+        for group, pair in part(tensors, "measured").items():
             device = self._parts[group][0][0].device
             self._sums[group], self._counts[group] = pair[0].to(device, copy=True), int(pair[1])
 
@@ -155,7 +158,3 @@ def _parts(partition: Partition, param_groups: list[dict[str, Any]], trained: li
                 mask = None if mask is None else mask.to(parameter.device)
                 found.setdefault(group, []).append((parameter, mask, own))
     return found
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -18,7 +18,7 @@ from robustlayers.study.summary import Arm, Summary
 
 __all__ = ["draw", "table"]
 
-WIDTH, HEIGHT = 440.0, 384.0
+WIDTH, HEIGHT = 376.0, 344.0
 _LEFT, _RIGHT, _BOTTOM, _TOP = 44.0, 8.0, 44.0, 8.0
 _DOT, _MEAN = 6.0, 10.5
 
