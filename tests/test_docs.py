@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import robustlayers
+from robustlayers.core.files import write_tensors
 from robustlayers.study.definition import load_study
 from robustlayers.study.plan import make_plan
 
@@ -31,6 +32,22 @@ def test_study_files_in_documents_are_valid(name: str, tmp_path: Path) -> None:
     text = blocks(name, "yaml")[0]  # what follows are parts of one
     (tmp_path / "study.yaml").write_text(text)
     assert make_plan(load_study(tmp_path / "study.yaml")).trainings > 0
+
+
+def test_the_study_about_hardening_is_valid_and_its_code_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (text,) = blocks("docs/harden.md", "yaml")
+    grey = ("data.name=fashion-mnist-mini", "model.mean=0.5", "model.std=0.5")  # what the package has
+    net = robustlayers.models.build("resnet", depth=20, classes=10, channels=1)
+    write_tensors(tmp_path / "net.safetensors", net.state_dict())
+    (tmp_path / "harden.yaml").write_text(text)
+    plan = make_plan(load_study(tmp_path / "harden.yaml", grey))
+    assert plan.trainings == 9  # the file is set once for each seed, and two arms go on from there
+    assert {arm.name: len(arm.nodes) for arm in plan.arms} == {"none": 1, "norm": 2, "all": 2}
+    (code,) = blocks("docs/harden.md", "python")
+    compile(code, "harden.md", "exec")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.name)

@@ -107,3 +107,64 @@ def test_it_is_told_beside_mistakes_of_other_kinds(
         "phases.1.keep",
         "evaluate.monitor.imags",
     ], lines
+
+
+# The optimizer of all phases stands on line 13, one of the second phase on line 20.
+ADAM = (
+    "does nothing in an optimizer adam; "
+    "allowed: name, lr, weight_decay, betas, decay, clip, rates, rates_batches, groups"
+)
+SGD = (
+    "does nothing in an optimizer sgd; "
+    "allowed: name, lr, momentum, weight_decay, nesterov, decay, clip, rates, rates_batches, groups"
+)
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "lines"),
+    [
+        ("lr: 0.05", "name: adam, momentum: 0.9", [f"20: phases.1.optimizer.momentum: {ADAM}"]),
+        ("lr: 0.05", "name: sgd, betas: [0.9, 0.99]", [f"20: phases.1.optimizer.betas: {SGD}"]),
+        ("name: adam", "momentum: 0.9", [f"20: phases.1.optimizer.momentum: {ADAM}"]),
+        (
+            "name: adam, momentum: 0.9, nesterov: true",
+            "lr: 0.1",
+            [f"13: training.optimizer.{key}: {ADAM}" for key in ("momentum", "nesterov")],
+        ),
+        ("momentum: 0.9", "name: adam", []),
+        ("name: sgd, momentum: 0.9", "name: adam, betas: [0.9, 0.99]", []),
+        ("name: adam, betas: [0.9, 0.99]", "name: sgd, momentum: 0.5", []),
+    ],
+)
+def test_constants_of_another_kind_of_optimizer_do_nothing(
+    shared: str,
+    own: str,
+    lines: list[str],
+    edited: Callable[..., str],
+    refused: Callable[..., list[str]],
+    call: Callable[..., tuple[int, str, str]],
+) -> None:
+    phase = (
+        f"    epochs: 1\n    optimizer: {{{own}}}\n    train:\n      norm: adversarial\n      rest: frozen\nfactors:"
+    )
+    text = edited((WHOLE, phase), ("  optimizer: {lr: 0.05}\n", f"  optimizer: {{{shared}}}\n"))
+    Path("s.yaml").write_text(one_arm(text))
+    if lines:
+        assert refused("run", "s.yaml", "--out", "out") == [f"s.yaml:{line}" for line in lines]
+    else:
+        assert call("groups", "s.yaml")[::2] == (0, "")
+
+
+def test_a_factor_may_make_another_kind_of_an_optimizer_and_its_own_constants_have_to_fit(
+    edited: Callable[..., str], refused: Callable[..., list[str]], call: Callable[..., tuple[int, str, str]]
+) -> None:
+    text = edited(("  optimizer: {lr: 0.05}\n", "  optimizer: {name: sgd, lr: 0.05, momentum: 0.5}\n"))
+    level = "    norm: {{training.optimizer.name: adam{}}}\n"
+    Path("s.yaml").write_text(text.replace("    norm: {}\n", level.format("")))
+    assert call("groups", "s.yaml")[::2] == (0, "")
+    Path("s.yaml").write_text(text.replace("    norm: {}\n", level.format(", training.optimizer.momentum: 0.8")))
+    (line,) = refused("run", "s.yaml", "--out", "out")
+    assert line.endswith(ADAM) and "training.optimizer.momentum" in line
+    name, momentum = "training.optimizer.name=adam", "training.optimizer.momentum=0.8"
+    Path("s.yaml").write_text(one_arm(text))
+    assert refused("run", "s.yaml", "--set", name, "--set", momentum) == [f"--set training.optimizer.momentum: {ADAM}"]

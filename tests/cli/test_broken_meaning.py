@@ -92,7 +92,7 @@ CASES = {
     "model norm": (
         MODEL,
         "{name: small-cnn, norm: bach}",
-        "8: model.norm: unknown norm 'bach'; nearest: batch...",
+        "8: model.norm: unknown norm 'bach'; nearest: batch; allowed: adapter, batch, ...",
     ),
     "channels of other data": (
         MODEL,

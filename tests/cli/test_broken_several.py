@@ -19,6 +19,7 @@ NORM = "      norm: adversarial\n"
 MODEL = "{name: small-cnn, width: 8}"
 CLAIM = "robust[group=norm] > robust[group=none]"
 NONE = "{phases.adapt.epochs: 0}"
+NO_STEPS = "steps: 0 is not allowed; allowed: a whole number, 1 or more; noise is a point without steps"
 WIDHT = "8: model.widht: unknown option of model small-cnn 'widht'; nearest: width; "
 WIDHT += "allowed: ..."
 SEED = "unknown key 'seed'; nearest: seeds; allowed: ..."
@@ -152,6 +153,15 @@ OVERRIDES = {
     "item of a list": (
         ["evaluate.attacks=[pgd-0x]"],
         ["--set evaluate.attacks.0: attack 'pgd-0x' is not understood; examples: ..."],
+    ),
+    "no steps": (["attack=pgd-0"], [f"--set attack: {NO_STEPS}"]),
+    "no steps of the monitor": (
+        ["evaluate.monitor.attack={name: pgd, steps: 0}"],
+        [f"--set evaluate.monitor.attack.steps: {NO_STEPS.removeprefix('steps: ')}"],
+    ),
+    "no steps in one of several": (
+        ["evaluate.attacks=[fgsm+pgd-0x2]"],
+        [f"--set evaluate.attacks.0: {NO_STEPS}"],
     ),
     "no assignment": (["seeds"], ["--set: 'seeds' is not path=value, such as seeds=5"]),
     "below a number": (["seeds.x=1"], ["--set seeds.x: seeds is 2, not a mapping: it has no 'x'"]),

@@ -208,6 +208,10 @@ def test_a_function_and_a_state_dict_of_torch(call):
             [*NAMED, "--weights", "w.pt", "--eps", "1", "--attack", "pdg-2", "--attack", "autoatack"],
             ["--attack: unknown attack 'pdg'; nearest: pgd...", "--attack: unknown attack 'autoatack'..."],
         ),
+        (
+            [*NAMED, "--weights", "w.pt", "--eps", "1", "--attack", "pgd-0"],
+            ["--attack: steps: 0 is not allowed; allowed: a whole number, 1 or more; ..."],
+        ),
         (["mine_not:net", "--data", "npz:data.npz"], ["there is no module 'mine_not' in ..."]),
         ([*NAMED, "--weights", "w.pt", "--rename", "conv9=a"], ["w.pt: mapping: no tensor is called 'conv9'..."]),
     ],
@@ -225,3 +229,23 @@ def test_stopped_without_a_folder_it_says_that_nothing_is_kept(call, monkeypatch
     arguments = ["evaluate", *NAMED, "--weights", "w.pt", "--eps", "1", "--attack", "fgsm"]
     assert call(*arguments) == (130, "", "stopped; nothing is kept without --out DIR\n")
     assert call(*arguments, "--out", "kept") == (130, "", "stopped; the same command goes on from here\n")
+
+
+@pytest.mark.usefixtures("_weights")
+def test_an_input_normalization_that_the_file_lacks_is_told(call):
+    tensors = models.build("small-cnn", seed=0, width=4, channels=1, classes=5).state_dict()
+    gone = [name for name in tensors if name.rpartition(".")[2] in ("mean", "std", "num_batches_tracked")]
+    assert {"normalize.mean", "normalize.std"} < set(gone)
+    write_tensors(Path("bare.safetensors"), {name: value for name, value in tensors.items() if name not in gone})
+    plain = [*NAMED, "--eps", "0.02", "--images", "4", "--attack", "fgsm"]
+    note = "bare.safetensors: has no {}; the model's own are used; give{}\n"
+    for options, names, advice in (
+        ((), "normalize.mean, normalize.std", " --option mean=[...] --option std=[...]"),
+        (("--option", "mean=[0.3]"), "normalize.std", " --option std=[...]"),
+    ):
+        code, _, err = call("evaluate", *plain, *options, "--weights", "bare.safetensors")
+        assert code == 0 and err.count("has no") == 1 and note.format(names, advice) in err
+    both = ["--option", "mean=[0.3]", "--option", "std=[0.2]"]
+    for arguments in (["--weights", "w.safetensors"], ["--weights", "bare.safetensors", *both]):
+        code, _, err = call("evaluate", *plain, *arguments)
+        assert code == 0 and "has no" not in err

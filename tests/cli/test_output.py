@@ -308,3 +308,29 @@ def test_report_is_drawn_again_and_changes_no_result(ran: Path, call: Call) -> N
 )
 def test_durations_read_as_a_person_says_them(seconds: float, text: str) -> None:
     assert plan_command.duration_text(seconds) == text
+
+
+def test_plan_tells_arms_apart_whose_names_hold_a_comma(base: str, call: Call) -> None:
+    statistics = "  statistics: {rice: {phases.adapt.normalization: rice}, standard: {}}\n"
+    text = base.replace("seeds: 2", f"{statistics}seeds: 2")
+    Path("s.yaml").write_text(text[: text.index("claims:")])
+    code, out, err = call("plan", "s.yaml", "--no-timing")
+    assert (code, err) == (0, "")
+    assert "norm, rice; norm, standard; head, rice; head, standard" in out  # who share the first phase
+    assert "norm, rice, " not in out
+
+
+def test_plan_and_run_say_once_what_a_file_lacks_that_phases_start_from(base: str, call: Call) -> None:
+    from robustlayers import models
+    from robustlayers.core.files import write_tensors
+
+    state = models.build("small-cnn", seed=0, width=8, channels=1).state_dict()
+    write_tensors(Path("w.safetensors"), {name: value for name, value in state.items() if "normalize." not in name})
+    text = base.replace(
+        "    train: {all: natural}\n", "    train: {all: natural}\n    start: {all: {load: w.safetensors}}\n"
+    )
+    Path("s.yaml").write_text(text.replace("train_images: 200", "train_images: 64").replace("seeds: 2", "seeds: 1"))
+    note = "phase pretrain, group all: w.safetensors has no normalize.mean, normalize.std; the model's own are used; "
+    note += "give them as options of the model\n"
+    assert call("plan", "s.yaml", "--no-timing")[::2] == (0, note)
+    assert call("run", "s.yaml", "--out", "out", "--workers", "1", "--threads", "1")[::2] == (0, note)

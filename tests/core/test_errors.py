@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustlayers.core.errors import Fault, UserError, nearest, one_of
+from robustlayers.core.errors import Fault, UserError, nearest, one_of, system_text
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,16 @@ def test_one_of_lists_few_names_and_not_many():
     assert "allowed" not in one_of("tensor", "tensor1x", many)
     assert "allowed" in one_of("tensor", "tensor1x", many[:12])
     assert one_of("group", "x", []) == "unknown group 'x'"
+
+
+def test_names_that_hold_a_comma_are_told_apart():
+    assert one_of("arm", "norm", ["norm, rice", "head, rice"]) == (
+        "unknown arm 'norm'; nearest: 'norm, rice'; allowed: 'head, rice', 'norm, rice'"
+    )
+
+
+def test_what_the_system_says_is_one_line_with_the_path():
+    assert system_text(OSError(28, "No space left on device")) == "No space left on device"
+    assert system_text(OSError(13, "Permission denied", b"runs/a")) == "runs/a: Permission denied"
+    assert system_text(OSError(9, "Bad file descriptor", 3)) == "Bad file descriptor"
+    assert system_text(OSError("of a program")) is None

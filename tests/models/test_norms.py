@@ -38,7 +38,7 @@ def test_there_is_one_canonical_text_and_it_reads_back(given, text):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("bach", "unknown norm 'bach'; nearest: batch"),
+        ("bach", "unknown norm 'bach'; nearest: batch; allowed: adapter, batch, "),
         ("grup(groups=8)", "unknown norm 'grup'; nearest: group"),
         ("group(8)", "'8' is no option; write group(name=value, ...)"),
         ("group(groups=8, groups=4)", "groups stands there twice"),

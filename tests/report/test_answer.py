@@ -119,3 +119,9 @@ def test_flags_of_rows_are_cautions_once(small):
 
 def test_no_caution_without_cause(small):
     assert answer(small).cautions == ()
+
+
+def test_arms_whose_names_hold_a_comma_can_be_told_apart(small):
+    rows = [replace(row, arm=f"{row.arm}, rice", flags="few restarts") for row in small.rows]
+    (first, *_) = answer(replace(small, rows=rows)).cautions
+    assert first.startswith("few restarts (“none, rice”, “norm, rice”, ")

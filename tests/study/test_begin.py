@@ -9,7 +9,7 @@ import torch
 
 from robustlayers.core.errors import UserError
 from robustlayers.core.files import read_tensors, write_tensors
-from robustlayers.study.begin import begin
+from robustlayers.study.begin import begin, start_notes
 from robustlayers.study.definition import load_study
 from robustlayers.study.plan import make_plan
 from robustlayers.study.run import run_plan
@@ -81,6 +81,29 @@ def test_a_file_counts_by_its_content(tmp_path: Path) -> None:
     write_tensors(file, {f"net.{name}": tensor + 1 for name, tensor in state.items() if "num_batches" not in name})
     second = make_plan(study(tmp_path, start)).arms[0].nodes
     assert first[:2] == second[:2] and first[2] != second[2]
+
+
+def test_a_file_without_an_input_normalization_is_noted(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    recipe = study(tmp_path, "{}").arms[0].recipe
+    state = build_model(recipe.model, data_of(recipe.data)[0], 5).state_dict()
+    bare = {name: tensor for name, tensor in state.items() if "num_batches" not in name}
+
+    def notes(lacking: tuple[str, ...], start: str, *overrides: str) -> list[str]:
+        write_tensors(file, {name: tensor for name, tensor in bare.items() if name not in lacking})
+        study(tmp_path, start)
+        recipe = load_study(tmp_path / "study.yaml", overrides).arms[0].recipe
+        return start_notes(recipe, recipe.phases[2])
+
+    both, start = ("normalize.mean", "normalize.std"), f"{{rest: {{load: {file}}}}}"
+    assert notes((), start) == []
+    assert notes(both[1:], start) == [
+        f"phase {recipe.phases[2].name}, group rest: {file} has no normalize.std; "
+        "the model's own are used; give them as options of the model"
+    ]
+    assert [line.partition(" has no ")[2].partition(";")[0] for line in notes(both, start)] == [", ".join(both)]
+    assert notes(both, start, "model.mean=[0.3]", "model.std=[0.2]") == []  # somebody gave them
+    assert notes(both, f"{{norm: {{load: {file}}}}}") == []  # which takes none of it
 
 
 def test_keep_is_the_same_as_nothing(tmp_path: Path) -> None:

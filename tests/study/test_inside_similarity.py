@@ -92,6 +92,14 @@ def test_procrustes_is_of_every_pair_with_its_baseline(look: Look, alone: Found)
     assert all(0 < row["chance_95"] <= 1 for row in rows)
 
 
+def test_what_chance_reaches_stands_beside_what_was_found(look: Look, alone: Found) -> None:
+    between = inside.cka(replace(look, other=net(3), against="none"))
+    for found, of in ((alone, "clean"), (between, "between")):
+        labels = {one["label"]: one["value"] for one in found.numbers}
+        floor = max(row["chance_95"] for row in part(found, of))
+        assert labels["by chance, any pair"] == pytest.approx(floor) and 0 < floor < 0.9
+
+
 def test_two_nets_see_nine_kinds_of_pairs(look: Look) -> None:
     other = net(3)
     found = inside.cka(replace(look, other=other, against="none"))

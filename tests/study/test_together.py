@@ -335,7 +335,7 @@ def test_what_processes_cannot_share_is_told_before_anything_is_trained(write: W
         run_plan(make_plan(load_study(study, ["seeds=1"])), tmp_path / "out", ranks=Told(0))
     texts = [str(fault) for fault in told.value.faults]
     assert len(texts) == 3 and not (tmp_path / "out").exists()
-    assert texts[0].startswith("none, norm, all: pretrain: statistics: sync is known for batch norm only, not for")
+    assert texts[0].startswith("none; norm; all: pretrain: statistics: sync is known for batch norm only, not for")
 
 
 def test_workers_make_no_sense_there(plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def guard(model: nn.Module, *, keep_statistics: bool = False) -> Iterator[None]:
 
     With `keep_statistics`, buffers stay as the block left them, for crafting that is meant to update running
     statistics. Not covered: values written into a parameter in place, and state of a module that is neither parameter
-    nor buffer.
+    nor buffer. Modes inside the block are the caller's: `with guard(net), inference(net):` crafts in evaluation mode.
 
     >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     >>> with guard(net):

@@ -155,7 +155,8 @@ class PGD:
     ) -> Tensor:
         """Return adversarial images for `x`.
 
-        `forward`: images -> logits [n, classes]; its modes are the caller's business, and no parameter's gradient is
+        `forward`: images -> logits [n, classes]; its modes are the caller's business (a net in train mode moves its running
+        statistics; `with guard(net), inference(net):` around the call leaves no trace), and no parameter's gradient is
         computed. `x`: float32 or float64 [n, ...] in [0, 1], not normalized; `y`: integer labels [n]. Returns the
         shape, dtype and memory format of `x`, inside ball and box. `generator` makes the random starts, one for the
         batch or a sequence with one for each image; None stands for a fresh one that is the same on every call, so

@@ -112,6 +112,8 @@ def evaluate(
         torch.set_num_threads(threads)
     where = pick_device(device)
     subject = subject_of(asked)
+    for note in subject.notes:
+        print(note, file=sys.stderr)
     threat = _threat(norm, eps, subject)
     wanted = tuple(dict.fromkeys(attack)) or ("autoattack",)
     _check_attacks(wanted, threat)
@@ -243,15 +245,14 @@ def _families(names: Sequence[str], subject: Subject) -> CorruptionsConfig:
 
 def _check_attacks(wanted: Sequence[str], threat: Threat) -> None:
     """Raise for every attack that cannot run, before the first one does."""
-    from robustlayers.attacks import parse
     from robustlayers.core.errors import Fault, UserError
-    from robustlayers.study.finals import also_nearest
+    from robustlayers.study.finals import also_nearest, named_attack
 
     faults: list[Fault] = []
     for name in wanted:
         try:
             if name != "autoattack":
-                parse(name, threat)
+                named_attack(name, threat)
         except UserError as error:
             faults += [Fault(fault.message, path="--attack") for fault in also_nearest(error, name).faults]
     if faults:

@@ -1,8 +1,9 @@
 """`robustlayers`: the commands, and how mistakes end.
 
-Exit codes: 0 all done; 1 a run failed or a check found damage; 2 a mistake in what was asked, one line each on standard
-error, nothing written; 130 and 143 stopped by Ctrl-C or SIGTERM, to be gone on with by the same command; 141 nobody
-reads the output.
+Exit codes: 0 all done; 1 a run failed, a check found damage, or the system refused to read or write (a full disk, a
+folder without permission), in one line with the path and what the system says; 2 a mistake in what was asked, one line
+each on standard error, nothing written; 130 and 143 stopped by Ctrl-C or SIGTERM, to be gone on with by the same
+command; 141 nobody reads the output.
 """
 
 from __future__ import annotations
@@ -65,9 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        from robustlayers.core.errors import UserError
+        from robustlayers.core.errors import UserError, system_text
 
+        if isinstance(error, OSError) and (text := system_text(error)):
+            print(text, file=sys.stderr)
+            sys.exit(1)
         if not isinstance(error, UserError):
+            from robustlayers.study.together import Ended
+
+            if isinstance(error, Ended):
+                print(f"failed: {error}", file=sys.stderr)
+                sys.exit(1)
             raise
         for fault in error.faults:
             print(fault, file=sys.stderr)

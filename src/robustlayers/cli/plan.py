@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from robustlayers.normalization import NormPolicy
     from robustlayers.study.plan import PhaseNode, Plan
 
-__all__ = ["plan"]
+__all__ = ["plan", "tell_starts"]
 
 
 def plan(
@@ -33,6 +34,7 @@ def plan(
     from robustlayers.study.plan import make_plan
 
     made = make_plan(load_study(Path(study), overrides, trust=trust))
+    tell_starts(made)
     facts = describe_plan(made)
     console = plain_console()
     console.print(f"[bold]{facts['name']}[/bold]: {facts['question']}", markup=True)
@@ -71,7 +73,7 @@ def plan(
             if phase["id"] in seen:
                 continue
             seen.add(phase["id"])
-            who = ", ".join(made.nodes[phase["id"]].arms)
+            who = "; ".join(made.nodes[phase["id"]].arms)
             for index, group in enumerate(phase["groups"]):
                 groups.add_row(
                     phase["name"] if not index else "",
@@ -94,6 +96,15 @@ def plan(
     _print_measuring(console, made)
     _print_cost(console, made, timing)
     return 0
+
+
+def tell_starts(made: Plan) -> None:
+    """Print on standard error what files that phases start from lack and a person may not expect, once each."""
+    from robustlayers.study.begin import start_notes
+
+    notes = (note for node in made.nodes.values() for note in start_notes(node.recipe, node.phase))
+    for note in dict.fromkeys(notes):
+        print(note, file=sys.stderr)
 
 
 def _print_measuring(console: Any, made: Plan) -> None:
@@ -161,7 +172,7 @@ def _print_phases(console: Any, facts: Mapping[str, Any], nodes: Mapping[str, An
                 seen.add(phase["id"])
                 phases.add_row(
                     phase["name"],
-                    ", ".join(nodes[phase["id"]].arms),
+                    "; ".join(nodes[phase["id"]].arms),
                     phase["length"],
                     *map(str, phase["step_passes"]),
                     count_text(phase["forward_passes"]),
@@ -184,7 +195,7 @@ def _print_policies(console: Any, made: Plan) -> None:
         if node.phase.kind != "train":
             continue
         policy = build_policy(node.phase.normalization, node.recipe.groups)
-        where = "" if len(node.arms) == len(made.arms) else f" ({', '.join(node.arms)})"
+        where = "" if len(node.arms) == len(made.arms) else f" ({'; '.join(node.arms)})"
         found.setdefault(str(policy), (policy, []))[1].append((node.phase.name + where, _updates(node, policy)))
     for policy, phases in found.values():
         title = f"norm layers, {policy.name or 'a policy of its own'}"

@@ -24,7 +24,12 @@ def run(
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help="where results go; runs/NAME unless given")] = None,
     device: Annotated[str, tyro.conf.arg(help="auto, cpu, cuda, cuda:N or mps")] = "auto",
     workers: Annotated[int | None, tyro.conf.arg(help="processes side by side; one for each core unless given")] = None,
-    threads: Annotated[int | None, tyro.conf.arg(help="torch threads of each process")] = None,
+    threads: Annotated[
+        int | None,
+        tyro.conf.arg(
+            help="torch threads of each process; cores / workers unless given; another number changes the last digits"
+        ),
+    ] = None,
 ) -> int:
     """Run a study, or what is left of it; kill it at any moment, the same command goes on and ends with the same bits.
 
@@ -51,6 +56,7 @@ def _run(
     threads: int | None,
     ranks: Ranks,
 ) -> int:
+    from robustlayers.cli.plan import tell_starts
     from robustlayers.cli.progress import show
     from robustlayers.core.errors import UserError
     from robustlayers.report import write
@@ -80,6 +86,7 @@ def _run(
     if not ranks.main:
         run_plan(made, folder, device=device, workers=workers, threads=threads, ranks=ranks)
         return 0
+    tell_starts(made)
     with show(loaded.name) as display:
         outcome = run_plan(
             made,

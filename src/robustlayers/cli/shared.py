@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 
 from robustlayers.core.device import pick_device
-from robustlayers.core.errors import UserError
+from robustlayers.core.errors import UserError, system_text
 from robustlayers.core.ranks import Ranks, joined
 from robustlayers.study.together import Ended
 
@@ -47,6 +47,9 @@ def _tell(error: Exception, ranks: Ranks) -> int:
     if isinstance(error, Ended):
         if str(error):
             print(f"failed: {error}", file=sys.stderr)
+        return 1
+    if isinstance(error, OSError) and (text := system_text(error)):
+        print(text, file=sys.stderr)
         return 1
     traceback.print_exception(error)
     print(f"failed: {type(error).__name__}: {error} (process {ranks.index} of {ranks.count})", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from torch import nn
 
 from robustlayers import models
 from robustlayers.attacks import Threat
-from robustlayers.core.errors import Fault, UserError, one_of
+from robustlayers.core.errors import Fault, UserError, names_text, one_of
 from robustlayers.core.files import read_json
 from robustlayers.data import Images, load
 from robustlayers.evaluation.checkpoints import load_checkpoint
@@ -46,7 +46,8 @@ class Asked:
 class Subject:
     """A model with weights, and the test images to evaluate it on; `whole` if these are all test images there are.
 
-    `facts` name it in rows; `threat` is that of its study, None where there is none.
+    `facts` name it in rows; `threat` is that of its study, None where there is none; `notes` are lines for the person who
+    asked.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Subject:
     whole: bool
     threat: Threat | None
     facts: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def subject_of(asked: Asked) -> Subject:
@@ -87,11 +89,26 @@ def _named(asked: Asked) -> Subject:
         if "size" in models.options_of(asked.model):
             facts["size"] = dataset.test.shape[-1]
         model = models.build(asked.model, seed=0, **models.resolve(asked.model, {**facts, **asked.options}))
-    if asked.weights is not None:
-        load_checkpoint(model, asked.weights, asked.rename)
+    kept = () if asked.weights is None else load_checkpoint(model, asked.weights, asked.rename)
     test, whole = _first(dataset.test, asked.images)
     named = {"model": asked.model, "weights": "" if asked.weights is None else str(asked.weights), "data": asked.data}
-    return Subject(model, test, dataset.classes, whole, None, named)
+    return Subject(model, test, dataset.classes, whole, None, named, _notes(asked, kept))
+
+
+def _notes(asked: Asked, kept: Sequence[str]) -> tuple[str, ...]:
+    """Return a line about tensors that the file of weights lacks and nobody gave: those of the input normalization.
+
+    Counters of batches that others leave out change nothing here, and are not told.
+    """
+    last = {name: name.rpartition(".")[2] for name in kept if not name.endswith("num_batches_tracked")}
+    names = [name for name in last if last[name] not in asked.options]
+    if not names:
+        return ()
+    has = () if is_factory(asked.model) else models.options_of(asked.model)
+    options = [f"{option}=[...]" for option in dict.fromkeys(last[name] for name in names) if option in has]
+    advice = "".join(f" --option {option}" for option in options)
+    text = f"{asked.weights}: has no {', '.join(names)}; the model's own are used"
+    return (text + (f"; give{advice}" if advice else ""),)
 
 
 def _stored(asked: Asked, path: Path) -> Subject:
@@ -155,7 +172,7 @@ def _place(asked: Asked, plan: Mapping[str, Any], folder: Path) -> tuple[str, st
     if asked.arm is not None and asked.arm not in arms:
         raise UserError(Fault(one_of("arm", asked.arm, arms), path="--arm"))
     if asked.arm is None and len(arms) > 1 and not inside:
-        raise UserError(Fault(f"is missing: there are {len(arms)} arms; name one: {', '.join(arms)}", path="--arm"))
+        raise UserError(Fault(f"is missing: there are {len(arms)} arms; name one: {names_text(arms)}", path="--arm"))
     name = asked.arm or next(iter(arms))
     phases = {phase["name"]: phase["id"] for phase in arms[name]["phases"]}
     if asked.phase is not None and asked.phase not in phases:

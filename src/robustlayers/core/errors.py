@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["Fault", "UserError", "nearest", "one_of"]
+__all__ = ["Fault", "UserError", "names_text", "nearest", "one_of", "system_text"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,15 @@ def nearest(word: str, allowed: Iterable[str], count: int = 3) -> list[str]:
     return [folded[hit] for hit in difflib.get_close_matches(word.lower(), list(folded), n=count, cutoff=0.5)]
 
 
+def names_text(names: Iterable[str]) -> str:
+    """Return names as a list in a message; one that holds a comma, as the names of arms do, is quoted.
+
+    >>> print(names_text(["norm", "head, rice"]))
+    norm, 'head, rice'
+    """
+    return ", ".join(repr(name) if "," in name else name for name in names)
+
+
 def one_of(kind: str, word: str, allowed: Iterable[str], most: int = 12) -> str:
     """Return the sentence for an unknown name: what it was, the nearest valid names, or all of them if few.
 
@@ -75,7 +85,24 @@ def one_of(kind: str, word: str, allowed: Iterable[str], most: int = 12) -> str:
     text = f"unknown {kind} {word!r}"
     close = nearest(word, names)
     if close:
-        text += f"; nearest: {', '.join(close)}"
+        text += f"; nearest: {names_text(close)}"
     if names and len(names) <= most:
-        text += f"; allowed: {', '.join(names)}"
+        text += f"; allowed: {names_text(names)}"
     return text
+
+
+def system_text(error: OSError) -> str | None:
+    """Return in one line what the system refused: the path, if it is known, and what the system says.
+
+    None where the system has said nothing: such an error is one of a program.
+
+    >>> system_text(PermissionError(13, "Permission denied", "runs/study"))
+    'runs/study: Permission denied'
+    >>> system_text(OSError("a message without a number"))
+    """
+    if error.errno is None or not error.strerror:
+        return None
+    place = error.filename
+    if isinstance(place, bytes):
+        place = os.fsdecode(place)
+    return str(Fault(error.strerror, file=str(place) if isinstance(place, (str, os.PathLike)) else None))

@@ -12,6 +12,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,10 @@ _TEMPORARY = ".tmp-"
 
 
 def write_bytes(path: Path, data: bytes) -> Path:
-    """Write `data` to `path` so that a reader, also after a kill or a power cut, sees the old file or the new one whole."""
+    """Write `data` to `path` so that a reader, also after a kill or a power cut, sees the old file or the new one whole.
+
+    An `OSError` of the system, such as that of a full disk, names `path`; what was there before is kept.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{uuid.uuid4().hex}"
@@ -51,8 +55,11 @@ def write_bytes(path: Path, data: bytes) -> Path:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # what went wrong first is what has to be told
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # it names no file, or the temporary one
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     _sync_folder(path.parent)
     return path

@@ -113,7 +113,7 @@ def finish_norms(norm: str | Mapping[str, Any], network: nn.Module) -> None:
 def find_norm(name: str) -> NormKind:
     """Return the kind of that name; an unknown one is a `UserError`."""
     if name not in _KINDS:
-        raise UserError(one_of("norm", name, _KINDS))
+        raise UserError(one_of("norm", name, _KINDS, most=_MOST))
     kind = _KINDS[name]
     if isinstance(kind, str):
         module, _, attribute = kind.partition(":")
@@ -123,6 +123,7 @@ def find_norm(name: str) -> NormKind:
     return kind
 
 
+_MOST = 24  # kinds up to which a message lists all of them, a person's own included
 _NAME = re.compile(r"[\w-]+")
 _TEXT = re.compile(r"\s*([\w-]+)\s*(?:\(([^()]*)\)\s*)?")
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
@@ -179,7 +180,7 @@ def _read(norm: Any) -> tuple[str, dict[str, Any]]:
         return norm, {}
     match = _TEXT.fullmatch(norm)
     if match is None or match[1] not in _KINDS:
-        raise UserError(one_of("norm", match[1] if match else norm, _KINDS))
+        raise UserError(one_of("norm", match[1] if match else norm, _KINDS, most=_MOST))
     options: dict[str, Any] = {}
     for piece in filter(None, (part.strip() for part in (match[2] or "").split(","))):
         key, equals, value = (part.strip() for part in piece.partition("="))
@@ -210,7 +211,7 @@ def _shown(value: Any) -> str:
 class NormOption(Option):
     """The option `norm` of an architecture: a kind of norm layer by its name, with options of its own if wanted.
 
-    >>> NormOption().problem("bach")
+    >>> NormOption().problem("bach").partition("; allowed: ")[0]
     "unknown norm 'bach'; nearest: batch"
     >>> NormOption().resolve({"name": "group", "groups": 8}, {})
     'group(groups=8)'

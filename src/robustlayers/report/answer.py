@@ -216,5 +216,7 @@ def _cautions(summary: Summary, checkpoint: str) -> list[str]:
         for flag in filter(None, map(str.strip, row.flags.split(";"))):
             if row.arm not in flags.setdefault(flag, []):
                 flags[flag].append(row.arm)
-    found.extend(f"{flag} ({listing(arms)})." for flag, arms in flags.items())
+    for flag, arms in flags.items():
+        said = listing(f"“{arm}”" if "," in arm else arm for arm in arms)
+        found.append(f"{flag} ({said}).")
     return found

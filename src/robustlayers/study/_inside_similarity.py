@@ -98,6 +98,7 @@ def _alone(look: Look) -> Found:
     block, its = (pair[CLEAN, CLEAN].block_structure() for pair in (found, trained))
     numbers = [
         number("CKA of layers far apart", found[CLEAN, CLEAN].long_range()),
+        number("by chance, any pair", _by_chance(found[CLEAN, CLEAN])),
         number("the same, training images", trained[CLEAN, CLEAN].long_range()),
         number("largest block of layers alike", block.share, "%", f"{block.first} to {block.last}"),
         number("block, training images", its.share, "%", f"{its.first} to {its.last}"),
@@ -144,15 +145,23 @@ def _between(look: Look, other: nn.Module) -> Found:
     rows += tidy("by images", crossing.lines(_LINES).rows()) + tidy("procrustes", turned.rows())
     payload = {"layers": layers_of_rows(clean.rows_layers), "sizes": [clean.samples, clean.batch_size]}
     arrays = {"between": clean.values, "own": own.values, "crossing": lines, "procrustes": turned.values}
-    return Found(rows, _apart(crossing, turned), payload, _tensors(arrays))
+    return Found(rows, _apart(crossing, turned, _by_chance(clean)), payload, _tensors(arrays))
 
 
-def _apart(crossing: analysis.Crossing, turned: analysis.Procrustes) -> list[Number]:
+def _by_chance(found: analysis.CKA) -> float:
+    """Return what permuted images reach in 95 % of the draws, of the pair of layers where that is most."""
+    floor = found.chance()
+    assert floor is not None  # it was computed with permutations
+    return float(floor.max())
+
+
+def _apart(crossing: analysis.Crossing, turned: analysis.Procrustes, by_chance: float) -> list[Number]:
     clean, own = crossing.parting(CLEAN, CLEAN), crossing.parting("for the arm", "for the other")
     ends = crossing.lines(_LINES).values
     return [
         number("part at depth (CKA under 0.5)", clean.depth, "%", clean.layer or "nowhere"),
         number("part, each under its own attack", own.depth, "%", own.layer or "nowhere"),
+        number("by chance, any pair", by_chance),
         number("CKA, last layer", float(ends["both clean"][-1])),
         number("last layer, each under its own attack", float(ends["each its own attack"][-1])),
         number("Procrustes distance, last layer", float(turned.distances.diagonal()[-1])),

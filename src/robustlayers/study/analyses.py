@@ -74,7 +74,7 @@ ANALYSES: dict[str, Analysis] = {
             similarity.cka,
             similarity.cka_load,
             uses=("images", "attack", "select", "sources"),
-            version=2,
+            version=3,
         ),
         Analysis(
             "signal",

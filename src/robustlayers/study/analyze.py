@@ -21,7 +21,7 @@ from torch import nn
 from robustlayers.analysis import fresh_state, write_scores
 from robustlayers.attacks import Gaussian
 from robustlayers.core.device import machine, pick_device, versions
-from robustlayers.core.errors import Fault, UserError, one_of
+from robustlayers.core.errors import Fault, UserError, names_text, one_of
 from robustlayers.core.files import file_digest, read_json, read_tensors, write_json, write_tensors, write_text
 from robustlayers.core.identity import digest
 from robustlayers.core.random import stream_seed
@@ -275,7 +275,7 @@ def _check_pairs(analyses: Sequence[Analysis], asked: Asked, arms: Mapping[str, 
     if asked.against is not None and set(wanted) == {asked.against} and len(pairs) == len(analyses):
         raise UserError(Fault(f"{asked.against} is the only arm looked at; name another one", path="--against"))
     if asked.what and pairs and asked.against is None:
-        raise UserError(Fault(f"is missing: {pairs[0]} is of two nets; allowed: {', '.join(arms)}", path="--against"))
+        raise UserError(Fault(f"is missing: {pairs[0]} is of two nets; allowed: {names_text(arms)}", path="--against"))
 
 
 def _job(

@@ -13,16 +13,17 @@ from robustlayers.core.errors import Fault, UserError, one_of
 from robustlayers.core.files import file_digest, read_tensors
 from robustlayers.core.random import stream_seed
 from robustlayers.models import read_weights
+from robustlayers.models.parts import Normalize
 from robustlayers.selection import Selection
 from robustlayers.study.faults import Faults
 from robustlayers.study.phases import phase_epochs, phase_partition
 from robustlayers.study.runs import find_run
 from robustlayers.study.schema import PhaseConfig, Recipe, StartConfig
-from robustlayers.study.semantics import build_model, data_of
+from robustlayers.study.semantics import build_model, data_of, model_for_checks
 from robustlayers.study.validate import Place
 from robustlayers.training import STARTS, concerned, copy_entries, interpolate, start_group
 
-__all__ = ["INITIAL", "PRESENT", "Ends", "begin", "start_content", "start_faults", "start_text"]
+__all__ = ["INITIAL", "PRESENT", "Ends", "begin", "start_content", "start_faults", "start_notes", "start_text"]
 
 INITIAL = "initial"
 """The untrained model, as a name that `from` takes."""
@@ -164,6 +165,33 @@ def _check(
             raise UserError(one_of("earlier phase", start.phase, [*earlier, INITIAL, PRESENT]))
         return
     _fill(selection, read_weights(str(start.load), start.map), start, str(start.load), True)
+
+
+def start_notes(recipe: Recipe, phase: PhaseConfig) -> list[str]:
+    """Return a line for each file that a phase loads which lacks an input normalization that nobody gave.
+
+    Other files may lack it, so that it is no fault; then a model's own mean and standard deviation stay.
+    """
+    notes = []
+    for group, start in (phase.assign or phase.start).items():
+        if isinstance(start, str) or start.load is None:
+            continue
+        selection = phase_partition(model_for_checks(recipe.model, data_of(recipe.data)[0]), recipe, phase)[group]
+        entries = [selection.inventory.entries[name] for name in selection.parts]
+        source = read_weights(start.load, start.map)
+        kept = [
+            entry.name
+            for entry in entries
+            if isinstance(entry.module, Normalize)
+            and entry.attribute not in recipe.model.options
+            and not any(alias in source for alias in entry.names)
+        ]
+        if kept:
+            notes.append(
+                f"phase {phase.name}, group {group}: {start.load} has no {', '.join(kept)}; the model's own are used; "
+                "give them as options of the model"
+            )
+    return notes
 
 
 def start_content(start: str | StartConfig) -> Any:

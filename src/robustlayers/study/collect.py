@@ -282,7 +282,7 @@ def _notes(plan: Mapping[str, Any], arms: list[Arm], rows: list[Row]) -> list[st
         f"{arm.name} seed {seed} ({why})" for arm in arms for seed, why in arm.status.items() if why != "finished"
     ]
     if missing:
-        notes.append("Not in the numbers: " + ", ".join(missing) + ".")
+        notes.append("Not in the numbers: " + "; ".join(missing) + ".")
     return notes + _flags(rows)
 
 

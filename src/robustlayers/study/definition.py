@@ -14,7 +14,7 @@ from robustlayers.study import patches, presets, yaml
 from robustlayers.study.begin import start_faults
 from robustlayers.study.claims import Claim
 from robustlayers.study.claims import parse as parse_claim
-from robustlayers.study.idle import idle_faults
+from robustlayers.study.idle import idle_faults, optimizer_faults
 from robustlayers.study.metrics import FACTS, measured_metrics, unmeasured
 from robustlayers.study.schema import Recipe, StudyConfig
 from robustlayers.study.semantics import recipe_faults
@@ -288,7 +288,7 @@ def _recipe(
     plain = {key: item for key, item in expanded.items() if key in _RECIPE}
     recipe, wrong = check(Recipe, plain, place)  # as written, so that a fault names the place where it was written
     if recipe is not None:
-        faults += idle_faults(plain["phases"], place)
+        faults += idle_faults(plain["phases"], place) + optimizer_faults(plain, place)
         recipe, wrong = check(Recipe, _inherit(plain), place)
     faults += recipe_faults(recipe, place, trust) if recipe is not None else wrong.values()
     if recipe is not None and not faults:

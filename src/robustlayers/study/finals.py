@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from robustlayers.attacks import ATTACKS, NamedAttack, Threat, label, parse
+from robustlayers.attacks import ATTACKS, PGD, NamedAttack, Threat, WorstOf, label, parse
 from robustlayers.core.errors import UserError, nearest, one_of
 from robustlayers.evaluation.autoattack import autoattack_label, standard
 
-__all__ = ["NAME", "AutoAttack", "Measured", "also_nearest", "measured_attack", "name_of"]
+__all__ = ["NAME", "AutoAttack", "Measured", "also_nearest", "measured_attack", "name_of", "named_attack"]
 
 NAME = "autoattack"
 """The word for it in `evaluate.attacks`."""
@@ -80,7 +80,7 @@ def measured_attack(
     name = options.pop("name", None)
     if name != NAME:
         try:
-            return parse(what, threat)
+            return named_attack(what, threat)
         except UserError as error:
             raise also_nearest(error, name) from None
     for key, value in options.items():
@@ -89,6 +89,19 @@ def measured_attack(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{key}: {value!r} is not allowed; allowed: a whole number, 1 or more")
     return AutoAttack(threat, **options, whole=whole, classes=classes)
+
+
+def named_attack(what: str | Mapping[str, Any], threat: Threat) -> NamedAttack:
+    """Return the attack that a person names; as `attacks.parse`, but one that takes no step is refused.
+
+    PGD without steps is a point of the ball. It says nothing of PGD, and the attack `noise` is its plain name.
+    """
+    attack = parse(what, threat)
+    for part in attack.attacks if isinstance(attack, WorstOf) else (attack,):
+        if isinstance(part, PGD) and not part.steps:
+            text = "steps: 0 is not allowed; allowed: a whole number, 1 or more; noise is a point without steps"
+            raise UserError(text)
+    return attack
 
 
 def also_nearest(error: UserError, name: object) -> UserError:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from robustlayers.core.errors import UserError
+from robustlayers.core.errors import UserError, system_text
 
 __all__ = ["Apart", "Event", "OnEvent", "Queue", "Stopped", "Task", "apart", "execute", "perform"]
 
@@ -147,6 +147,8 @@ def perform(task: Task, on_event: OnEvent) -> Event:
 def _reason(error: Exception) -> dict[str, Any]:
     if isinstance(error, UserError):
         return {"reason": "; ".join(str(fault) for fault in error.faults)}
+    if isinstance(error, OSError) and (text := system_text(error)):
+        return {"reason": text}
     trace = "".join(traceback.format_exception(error))
     return {"reason": f"{type(error).__name__}: {error}", "trace": trace}
 

@@ -18,6 +18,7 @@ from robustlayers.data import Augment, Images, batch_count
 from robustlayers.normalization import PASSES, NormPolicy, Switch, habit
 from robustlayers.normalization.policy import policy_content
 from robustlayers.selection import Inventory, Partition, resolve, selector_content
+from robustlayers.study.finals import named_attack
 from robustlayers.study.schema import (
     GroupOptimizerConfig,
     NormalizationConfig,
@@ -69,7 +70,7 @@ def training_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> Any:
     """
     options: dict[str, Any] = {"name": what} if isinstance(what, str) else dict(what)
     bound = attacks.Threat(threat.norm, threat.eps)
-    attack = attacks.parse(options, bound)
+    attack = named_attack(options, bound)
     if isinstance(attack, attacks.PGD) and attack.restarts == 1 and "keep" not in options:
         attack = attacks.parse({**options, "keep": "last"}, bound)
     if isinstance(attack, attacks.NFGSM) and "project" not in options:

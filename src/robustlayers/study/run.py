@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from robustlayers.core.device import machine, pick_device, versions
-from robustlayers.core.errors import UserError
+from robustlayers.core.errors import UserError, system_text
 from robustlayers.core.files import MANIFEST, read_json, write_json, write_text
 from robustlayers.core.ranks import ALONE, Ranks
 from robustlayers.study.cost import measuring_parts, phase_cost, plan_cost
@@ -20,7 +20,7 @@ from robustlayers.study.local import Event, Task, execute
 from robustlayers.study.measure import measure_run
 from robustlayers.study.plan import ArmPlan, PhaseNode, Plan
 from robustlayers.study.store import Store
-from robustlayers.study.together import check_together, follow, lead
+from robustlayers.study.together import Ended, check_together, follow, lead
 from robustlayers.study.work import train_phase
 
 __all__ = ["Job", "Outcome", "default_workers", "plan_size", "run_plan"]
@@ -85,7 +85,8 @@ def run_plan(
     With several `ranks` all of them call this. They share the batches of every phase that trains and of the test set under
     attack; the main one does the rest, and it alone finishes results, calls back and knows the outcome.
 
-    Raises `UserError` if another process is running a study in the same folder, `Ended` if one of several fails.
+    Raises `UserError` if another process is running a study in the same folder, `Ended` if one of several fails, or if the
+    folder does not even take the note that a task failed.
     """
     store = Store(folder)
     where = pick_device(device)
@@ -119,7 +120,7 @@ def run_plan(
         def note(event: Event) -> None:
             if event.kind == "failed":
                 outcome.failed[event.key] = event.facts["reason"]
-                store.fail(_folder(store, event.key), "failed", event.facts["reason"], event.facts.get("trace", ""))
+                _note_failure(store, event, outcome.texts[event.key])
             elif event.kind == "done" and event.key.startswith("train"):
                 outcome.trained += 1
             elif event.kind == "done":
@@ -137,6 +138,15 @@ def run_plan(
                 if failure and failure[0] == "diverged":
                     outcome.diverged[_train_key(node, seed)] = failure[1]
     return outcome
+
+
+def _note_failure(store: Store, event: Event, text: str) -> None:
+    reason = event.facts["reason"]
+    try:
+        store.fail(_folder(store, event.key), "failed", reason, event.facts.get("trace", ""))
+    except OSError as error:  # on a full disk the others would fail in the same way, each after some work
+        said = "" if str(error.strerror) in reason else f"; {system_text(error) or error}"
+        raise Ended(f"{text}: {reason}{said}") from None
 
 
 def _machine(device: torch.device, workers: int, threads: int, ranks: Ranks) -> str:

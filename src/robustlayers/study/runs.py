@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustlayers.core.errors import Fault, UserError, one_of
+from robustlayers.core.errors import Fault, UserError, names_text, one_of
 from robustlayers.core.files import read_json
 from robustlayers.study.schema import StartConfig
 from robustlayers.study.store import Store
@@ -38,7 +38,7 @@ def find_run(start: StartConfig) -> StoredRun:
         raise UserError(Fault("no study here: it has no plan.json", file=str(start.run)))
     arms = {arm["name"]: arm for arm in read_json(store.plan)["arms"]}
     if start.arm is None and len(arms) > 1:
-        raise UserError(Fault(f"has {len(arms)} arms; name one: {', '.join(arms)}", file=str(start.run)))
+        raise UserError(Fault(f"has {len(arms)} arms; name one: {names_text(arms)}", file=str(start.run)))
     name = start.arm if start.arm is not None else next(iter(arms))
     if name not in arms:
         raise UserError(one_of(f"arm of {start.run}", name, arms))

@@ -23,7 +23,7 @@ from robustlayers.normalization.recalibration import Recalibration
 from robustlayers.selection import Selection
 from robustlayers.study.extras import families_of
 from robustlayers.study.faults import Faults
-from robustlayers.study.finals import NAME, AutoAttack, Measured, measured_attack, name_of
+from robustlayers.study.finals import NAME, AutoAttack, Measured, measured_attack, name_of, named_attack
 from robustlayers.study.phases import (
     build_average,
     build_optimizer_settings,
@@ -62,7 +62,7 @@ NamedAttack = attacks.NamedAttack
 
 def build_attack(what: str | Mapping[str, Any], threat: ThreatConfig) -> NamedAttack:
     """Return an attack as measured with: PGD keeps the best iterate."""
-    return attacks.parse(what, build_threat(threat))
+    return named_attack(what, build_threat(threat))
 
 
 def measured_attacks(recipe: Recipe) -> dict[str, Measured]:

@@ -19,7 +19,7 @@ __all__ = ["Ended", "check_together", "follow", "lead"]
 
 
 class Ended(Exception):
-    """A process failed at a task that it did with others, so that all of them must end; the text says why, once."""
+    """A task failed so that all must end, processes that share it and tasks that would fail alike; the text says why, once."""
 
 
 def lead(tasks: list[Task], ranks: Ranks, *, threads: int, on_event: OnEvent) -> None:
@@ -61,7 +61,7 @@ def check_together(plan: Plan, ranks: Ranks) -> None:
             try:
                 build_trainer(build_model(node.recipe.model, dataset, 0), node.recipe, node.phase, train, ranks=ranks)
             except UserError as error:
-                faults += [replace(fault, path=f"{', '.join(node.arms)}: {node.phase.name}") for fault in error.faults]
+                faults += [replace(fault, path=f"{'; '.join(node.arms)}: {node.phase.name}") for fault in error.faults]
     if faults:
         raise UserError(faults)
 
