@@ -29,8 +29,8 @@ threat: {norm: linf, eps: 8/255}
 attack: pgd-2
 training: {batch_size: 32, optimizer: {lr: 0.05}, schedule: {name: one-cycle}}
 phases:
-  - {name: pretrain, epochs: 24, train: {all: natural}}
-  - {name: adapt, epochs: 24, train: {norm: adversarial, rest: frozen}}
+  - {name: pretrain, epochs: 16, train: {all: natural}}
+  - {name: adapt, epochs: 16, train: {norm: adversarial, rest: frozen}}
 factors:
   group:
     none: {phases.adapt.epochs: 0}
@@ -41,7 +41,7 @@ evaluate: {attacks: [pgd-3], monitor: {attack: pgd-2, images: 60}}
 """
 # Lines of progress to wait for (of LINES in all) before each kill, the number of workers, and whether they are killed too or
 # only their parent. With 0 lines the kill may hit the imports, the plan, the lock or the start of the workers.
-LINES = 2 * (24 + 2 * 24) + 2 * 3  # two seeds: epochs of shared and own phases, three measurements
+LINES = 2 * (16 + 2 * 16) + 2 * 3  # two seeds: epochs of shared and own phases, three measurements
 KILLS = [
     (1, 2, False),
     (0, 1, False),
@@ -54,7 +54,9 @@ KILLS = [
     (2, 1, False),
     (1, 1, False),
 ]
-COMMAND = [sys.executable, "-c", "from robustlayers.cli.main import main; main()"]
+# Whoever runs the tests in the background of a shell ignores Ctrl-C, and so would everything that they start.
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+COMMAND = [sys.executable, "-c", HEARS + "from robustlayers.cli.main import main; main()"]
 
 
 class _Run:

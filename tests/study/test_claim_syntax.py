@@ -125,11 +125,11 @@ def test_a_claim_that_cannot_be_read_says_the_column(text: str, message: str) ->
         ),
         (
             "robust[group=nrom, width=16] > 0",
-            ["column 8: unknown level of group 'nrom'; nearest: norm, none; allowed: a, b, all, none, norm"],
+            ["column 8: unknown level of group 'nrom'; nearest: norm, none; allowed: 'a, b', all, none, norm"],
         ),
         (
             "robust[nrom, width=16] > 0",
-            ["column 8: unknown level 'nrom'; nearest: norm, none; allowed: 16, 32, a, b, all, none, norm"],
+            ["column 8: unknown level 'nrom'; nearest: norm, none; allowed: 16, 32, 'a, b', all, none, norm"],
         ),
         (
             "robust[norm, 16, checkpoint=lst] > 0",
