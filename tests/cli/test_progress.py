@@ -106,3 +106,11 @@ def test_bars_keep_to_one_line_each(width: int, clock: Clock) -> None:
     assert "50%" in texts[1] and "measuring" in texts[1]
     assert all(text.index("%") - text.index("━") >= 12 for text in texts)  # the bar, and a number beside it
     assert texts[1].rstrip().endswith("20/255 150…" if width == 80 else "20/255 1500/2000")
+
+
+def test_what_auto_chose_is_told_once_it_is_known(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    display = begun(TRAIN)
+    display.event(Event(TRAIN.key, "chosen", {"text": "bf16: 1.60 times as fast as the model"}))
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "norm, seed 0, adapt: crafts in bf16: 1.60 times as fast as the model"
+    )
